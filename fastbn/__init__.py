@@ -1,0 +1,57 @@
+"""Batch normalisation for NumPy and CuPy arrays.
+
+Names are loaded when they are first used: ``import fastbn`` imports neither Numba nor CuPy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbn.context import Context
+    from fastbn.folding import fold_batch_norm
+    from fastbn.functional import batch_norm_backward, batch_norm_forward, batch_norm_inference, moments
+    from fastbn.layers import BatchNorm
+    from fastbn.statistics import Moments
+    from fastbn.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchNorm": "layers",
+    "Context": "context",
+    "Moments": "statistics",
+    "batch_norm_backward": "functional",
+    "batch_norm_forward": "functional",
+    "batch_norm_inference": "functional",
+    "fold_batch_norm": "folding",
+    "moments": "functional",
+    "get_num_threads": "threads",
+    "set_num_threads": "threads",
+}
+
+__all__ = [
+    "BatchNorm",
+    "Context",
+    "Moments",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_norm_inference",
+    "fold_batch_norm",
+    "get_num_threads",
+    "moments",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastbn' has no attribute {name!r}")
+    value = getattr(import_module(f"fastbn.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,282 @@
+"""What the functions accept. Every check is made before anything is written, and says what arrived, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# Native dtypes are looked up; bfloat16 and other byte orders are found by name on the first miss.
+_DTYPES: dict[Any, str] = {np.dtype(name): name for name in ("float32", "float64", "float16")}
+ALLOWED = "float32, float64, float16 and bfloat16 (ml_dtypes)"
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str | None:
+    """The dtype's name if the kernels know it, whatever its byte order."""
+    name = _DTYPES.get(dtype)
+    if name is None and dtype.kind in "fV" and dtype.names is None and dtype.name in ("float16", "float32", "float64", "bfloat16"):
+        name = _DTYPES[dtype] = dtype.name
+    return name
+
+
+def array(a: Any, name: str) -> Array:
+    """A NumPy array, with subclasses such as memory maps seen as plain arrays.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if type(a) is np.ndarray:
+        return a
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array; pass {name}.data, and the mask as sample_weight=~mask if it covers whole positions"
+        )
+    if isinstance(a, np.ndarray):
+        return a.view(np.ndarray)
+    kind = f"{type(a).__module__}.{type(a).__qualname__}".removeprefix("builtins.")
+    hint = f"np.asarray({name}, dtype=np.float32)" if isinstance(a, (list, tuple, int, float)) else f"{name} as a NumPy array"
+    raise TypeError(f"{name} is a {kind}; fastbn takes NumPy arrays, and CuPy arrays on a GPU, all of one kind: pass {hint}")
+
+
+def data(a: Any, name: str) -> tuple[Array, str]:
+    """An array of a dtype that data may have, and the dtype's name.
+
+    Raises
+    ------
+    TypeError
+        For another kind of object or dtype.
+    """
+    a = array(a, name)
+    dtype = _DTYPES.get(a.dtype) or dtype_name(a.dtype)
+    if dtype is None:
+        raise TypeError(f"{name} has dtype {a.dtype}; allowed are {ALLOWED}: cast with {name}.astype(np.float32)")
+    return a, dtype
+
+
+def x_and_axis(x: Any, axis: Any) -> tuple[Array, str, int]:
+    """x, the name of its dtype, and axis counted from the front.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another kind of object or dtype; fewer than two dimensions; an axis that x does not have.
+    """
+    x, dtype = data(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {x.shape}; at least 2 dimensions are needed, such as (N, C): use x[None] or x.reshape(-1, C)")
+    if type(axis) is not int:
+        if isinstance(axis, (bool, np.bool_)) or not hasattr(axis, "__index__"):
+            raise TypeError(f"axis is {axis!r} of type {type(axis).__name__}; pass a whole number")
+        axis = axis.__index__()
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis {axis} is out of range for x with shape {x.shape}; allowed are {-x.ndim} to {x.ndim - 1}")
+    return x, dtype, axis % x.ndim
+
+
+def vector(a: Any, name: str, x: Array, axis: int) -> Array | None:
+    """A parameter or a statistic: None, or float32 or float64 of shape (C,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another kind of object or dtype; another shape.
+    """
+    if a is None:
+        return None
+    a = array(a, name)
+    if a.dtype.char not in "fd":
+        raise TypeError(f"{name} has dtype {a.dtype}; allowed are float32 and float64: cast with {name}.astype(np.float32)")
+    C = x.shape[axis]
+    if a.shape != (C,):
+        raise ValueError(f"{name} has shape {a.shape}, but x has shape {x.shape} with {C} channels on axis {axis}: it must be ({C},)")
+    return a
+
+
+def running(mean: Any, var: Any, x: Array, axis: int, written: bool) -> tuple[Array | None, Array | None]:
+    """Both running statistics or neither.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `vector`; one without the other; dtypes that differ; and if they are `written`: read-only or overlapping arrays.
+    """
+    if mean is None and var is None:
+        return None, None
+    if mean is None or var is None:
+        here, missing = ("running_mean", "running_var") if var is None else ("running_var", "running_mean")
+        raise ValueError(f"{here} was given without {missing}; pass both, or neither")
+    mean, var = vector(mean, "running_mean", x, axis), vector(var, "running_var", x, axis)
+    assert mean is not None
+    assert var is not None
+    if written:
+        for a, name in ((mean, "running_mean"), (var, "running_var")):
+            if not a.flags.writeable:
+                raise ValueError(f"{name} is read-only, but training updates it in place; pass a writable copy: {name}.copy()")
+            if a.strides[0] == 0 and len(a) > 1:
+                raise ValueError(f"{name} has stride 0: its elements share one address; pass {name}.copy()")
+        if np.may_share_memory(mean, var) and overlap(mean, var):
+            raise ValueError("running_mean and running_var share memory, but each is updated in place; pass two arrays")
+    return mean, var
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share an element; True if that cannot be told quickly."""
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_place(a: Array, b: Array) -> bool:
+    """Whether two arrays are the same elements in the same order."""
+    return a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides and a.shape == b.shape
+
+
+def like(a: Any, name: str, x: Array) -> Array:
+    """A residual, a gradient: of x's shape and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another kind of object or dtype; another shape.
+    """
+    a, dtype = data(a, name)
+    if a.dtype != x.dtype and dtype != dtype_name(x.dtype):
+        raise TypeError(f"{name} has dtype {a.dtype} and x has {x.dtype}; they must be equal: cast with {name}.astype(x.dtype)")
+    if a.shape != x.shape:
+        raise ValueError(f"{name} has shape {a.shape} and x has shape {x.shape}; they must be equal")
+    return a
+
+
+def output(out: Any, x: Array, may_be: Array | None, others: tuple[tuple[str, Array | None], ...]) -> Array | None:
+    """None, or an array that can be written.
+
+    Parameters
+    ----------
+    may_be : array or None
+        The one input that `out` may be, element for element.
+    others : tuple of (name, array)
+        What it must not overlap.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `like`; a read-only or self-overlapping array; overlap with an input.
+    """
+    if out is None:
+        return None
+    out = array(out, "out")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype} and x has {x.dtype}; they must be equal: np.empty_like(x)")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape} and x has shape {x.shape}; they must be equal: np.empty_like(x)")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; pass a writable array: np.empty_like(x)")
+    if out.size and _overlaps_itself(out):
+        raise ValueError(f"out has strides {out.strides}: several elements share one address; pass np.empty_like(x)")
+    for name, a in others:
+        if a is None or not np.may_share_memory(out, a) or (may_be is a and same_place(out, a)) or not overlap(out, a):
+            continue
+        allowed = "out may be that array itself, element for element" if may_be is a else "they must not share memory"
+        raise ValueError(f"out overlaps {name}; {allowed}: pass np.empty_like(x)")
+    return out
+
+
+def _overlaps_itself(a: Array) -> bool:
+    """Whether axes, from the smallest stride up, reach into each other. True for zero strides."""
+    reach = a.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (n - 1) + reach
+    return False
+
+
+def weights(sample_weight: Any, x: Array, axis: int) -> Array | None:
+    """None, or real weights >= 0 of shape (N,) or x's shape without the channel axis.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another kind of object or dtype; another shape; negative, NaN or infinite weights.
+    """
+    if sample_weight is None:
+        return None
+    w = array(sample_weight, "sample_weight")
+    if w.dtype.kind not in "bf" and not (w.dtype.kind in "iu") and dtype_name(w.dtype) is None:
+        raise TypeError(f"sample_weight has dtype {w.dtype}; allowed are bool and real numbers: cast with .astype(np.float32)")
+    full = x.shape[:axis] + x.shape[axis + 1 :]
+    if w.shape != full and w.shape != full[:1]:
+        raise ValueError(
+            f"sample_weight has shape {w.shape}, x has shape {x.shape} with channels on axis {axis}: it must be {full[:1]} or {full}"
+        )
+    if w.dtype.kind != "b":
+        as_float = w.astype(np.float64)
+        if not np.all(as_float >= 0) or not np.all(np.isfinite(as_float)):
+            raise ValueError("sample_weight has negative, NaN or infinite values; weights must be finite and >= 0")
+    return w
+
+
+def number(value: Any, name: str) -> float:
+    """A real number as float.
+
+    Raises
+    ------
+    TypeError
+        For anything else, bool included.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.floating, np.integer)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; pass a real number")
+    return float(value)
+
+
+def eps(value: Any) -> float:
+    """eps as float: finite and > 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    e = number(value, "eps")
+    if not 0.0 < e < math.inf:
+        raise ValueError(f"eps is {e}; it must be greater than 0 and finite, such as 1e-5")
+    return e
+
+
+def momentum(value: Any) -> float:
+    """The weight of the new batch as float: from 0 to 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    m = number(value, "momentum")
+    if not 0.0 <= m <= 1.0:
+        raise ValueError(
+            f"momentum is {m}; it is the weight of the new batch in the running statistics and must lie in [0, 1], such as 0.1"
+        )
+    return m
+
+
+def activation(value: Any) -> bool:
+    """Whether to apply a ReLU.
+
+    Raises
+    ------
+    ValueError
+        For anything but None and "relu".
+    """
+    if value is None:
+        return False
+    if isinstance(value, str) and value == "relu":
+        return True
+    raise ValueError(f"activation is {value!r}; allowed are None and 'relu': apply others to y yourself")

@@ -1,0 +1,383 @@
+"""NumPy arrays on their way to the kernels: memory, workspace, and the job that `dispatch` runs.
+
+Arguments have been checked when they come here. Nothing of x's size is made, but for the outputs and for inputs whose strides or byte
+order the kernels cannot take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import dispatch, layout
+from fastbn.dispatch import Job, Schedule
+from fastbn.layout import Plan
+
+Array = NDArray[Any]
+Tensor = tuple[int, int, int]
+
+# Rows of the tables, as in kernels/channels.py, which is not imported before it is needed: it imports Numba.
+GAMMA, BETA, MEAN, LOW, VAR, INVSTD, SCALE = range(7)
+SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
+
+# Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.
+STREAM_FROM = 8 << 20
+LINE = 64
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How the arrays of one call are read: the plan, and what follows from it."""
+
+    shape: tuple[int, ...]
+    axis: int
+    dtype: str
+    itemsize: int
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Sample weights as the kernels read them: float64 (N, S), their sum, how many are positive, and three offsets where they are."""
+
+    array: Array
+    total: float
+    positive: int
+    squares: float
+    points: tuple[int, int, int]
+
+
+@dataclass
+class State:
+    """What the backward needs of a forward, beside x."""
+
+    frame: Frame
+    table: Array
+    mask: Array | None
+    weights: Weights | None
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def address(a: Array) -> int:
+    """The address of a[0, 0, ...]."""
+    return a.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
+def native(x: Array) -> Array:
+    """x itself, or a copy in native byte order at an aligned address."""
+    if x.dtype.isnative and x.flags.aligned:
+        return x
+    return x.astype(x.dtype.newbyteorder("="), order="K", subok=False)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...]) -> Array:
+    """An uninitialised array whose axes lie in memory in `order`; large ones start at a cache line, so that they can be streamed."""
+    in_memory = tuple(shape[a] for a in order)
+    size = dtype.itemsize
+    for n in in_memory:
+        size *= n
+    if size < STREAM_FROM:
+        a = np.empty(in_memory, dtype)
+    else:
+        raw = np.empty(size + LINE, np.uint8)
+        offset = -address(raw) % LINE
+        a = raw[offset : offset + size].view(dtype).reshape(in_memory)
+    if order == tuple(range(len(order))):
+        return a
+    return a.transpose(_inverse(order))
+
+
+@lru_cache(maxsize=256)
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(a) for a in range(len(order)))
+
+
+def frame_of(x: Array, axis: int, dtype: str, weighted: bool) -> Frame:
+    """The frame for x, which is native."""
+    return Frame(x.shape, axis, dtype, x.itemsize, layout.plan(x.shape, x.strides, axis, x.itemsize, weighted))
+
+
+def readable(a: Array, f: Frame) -> tuple[Array, Tensor]:
+    """An array the kernels can read under the frame's plan, `a` itself if possible, and its tensor."""
+    a = native(a)
+    strides = layout.tensor_strides(f.plan, f.axis, a.shape, a.strides, a.itemsize)
+    if strides is None:
+        copy = empty(a.shape, a.dtype, f.plan.order)
+        copy[...] = a
+        a = copy
+        strides = layout.tensor_strides(f.plan, f.axis, a.shape, a.strides, a.itemsize)
+        assert strides is not None
+    return a, (address(a), *strides)
+
+
+def writable(out: Array | None, dtype: np.dtype[Any], f: Frame) -> tuple[Array, Tensor, Array | None]:
+    """(array to return, tensor to write, array to copy from afterwards or None).
+
+    Without `out` a new array of `dtype` in x's memory order; a new one too where the kernels cannot write `out` directly.
+    """
+    if out is not None and out.dtype.isnative and out.flags.aligned:
+        strides = layout.tensor_strides(f.plan, f.axis, out.shape, out.strides, out.itemsize)
+        if strides is not None:
+            return out, (address(out), *strides), None
+    made = empty(f.shape, dtype.newbyteorder("="), f.plan.order)
+    strides = layout.tensor_strides(f.plan, f.axis, made.shape, made.strides, made.itemsize)
+    assert strides is not None
+    if out is None and not dtype.isnative:  # y has x's dtype, byte order included
+        out = empty(f.shape, dtype, f.plan.order)
+    return (made, (address(made), *strides), None) if out is None else (out, (address(made), *strides), made)
+
+
+def finish_output(out: Array, made: Array | None) -> None:
+    """Copy to an `out` that the kernels could not write."""
+    if made is not None:
+        out[...] = made
+
+
+def weights_of(sample_weight: Array, f: Frame) -> Weights:
+    """Checked weights, (N,) or x's shape without the channel axis, in the order of the plan."""
+    p = f.plan
+    shape = tuple(n for a, n in enumerate(f.shape) if a != f.axis)
+    if sample_weight.shape != shape:
+        sample_weight = np.broadcast_to(sample_weight.reshape(sample_weight.shape + (1,) * (len(shape) - 1)), shape)
+    order = tuple(a - (a > f.axis) for a in p.order if a != f.axis)
+    array = np.ascontiguousarray(sample_weight.transpose(order), dtype=np.float64).reshape(p.N, p.S)
+    where = np.flatnonzero(array)
+    chosen = where[[0, len(where) // 2, -1]] if len(where) else np.zeros(3, np.intp)
+    a, b, c = (int(k) for k in chosen)
+    return Weights(array, float(array.sum()), len(where), float(np.square(array).sum()), (a, b, c))
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+def _streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
+    """Whether the output is written around the cache: it is large, and rows keep the alignment that this needs."""
+    p = f.plan
+    if p.count * p.C * f.itemsize < STREAM_FROM:
+        return False
+    if p.family == "planes":
+        return True
+    boundary = min(LINE, layout.LANES * f.itemsize)
+    return y[1] * f.itemsize % boundary == 0 and not (with_mask and y[0] % boundary)
+
+
+def _points(p: Plan, x: Tensor, weights: Weights | None) -> tuple[int, int, int]:
+    """Offsets in a channel of the three values whose median is the shift."""
+    stride = x[1] // p.fold
+    if weights is not None:
+        a, b, c = weights.points
+        return a // p.S * stride + a % p.S, b // p.S * stride + b % p.S, c // p.S * stride + c % p.S
+    return 0, p.N // 2 * stride + p.S // 2, (p.N - 1) * stride + p.S - 1
+
+
+def mask_shape(p: Plan) -> tuple[int, int, int]:
+    """(words, row stride, channel stride) of the packed ReLU mask; one word more, as words are read in pairs."""
+    if p.family == "planes":
+        words = -(-p.S // layout.LANES)
+        return p.N * p.C * words + 1, p.C * words, words
+    words = -(-p.C * p.S * p.fold // layout.LANES)
+    return (p.rows + 1) * words + 1, words, 1
+
+
+def _mask_tensor(mask: Array | None, p: Plan) -> Tensor | None:
+    return None if mask is None else (address(mask), *mask_shape(p)[1:])
+
+
+def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None, scratch: bool) -> Job:
+    """The arguments that depend on plan and schedule alone."""
+    p = f.plan
+    job: Job = {
+        "N": p.N,
+        "C": p.C,
+        "S": p.S,
+        "R": p.rows,
+        "rest": p.rest,
+        "fold": p.fold,
+        "segment": dispatch.BLOCK,
+        "group": s.group,
+        "rows_a_block": s.rows_a_block,
+        "planes_a_block": s.rows_a_block,
+        "pieces": 1 + p.count * p.C * f.itemsize // dispatch.PIECE,
+        "weight": None if weights is None else (address(weights.array), p.S, 1),
+        "partial": np.empty((p.C, s.blocks, 4)),
+    }
+    if scratch:
+        job["scratch"] = np.empty((threads, *dispatch.scratch_shape(p, s, weights is not None)))
+    return job
+
+
+def _present(residual: object, weights: object, mask: object, relu: bool, dresidual: object = None) -> tuple[str, ...]:
+    """Names of the optional arguments that are there: they choose the kernel's variant."""
+    given = {
+        "residual": residual is not None,
+        "weight": weights is not None,
+        "mask": mask is not None,
+        "relu": relu,
+        "dresidual": dresidual is not None,
+    }
+    return tuple(name for name, there in given.items() if there)
+
+
+def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
+    table = np.empty((7, C))
+    table[GAMMA] = 1.0 if gamma is None else gamma
+    table[BETA] = 0.0 if beta is None else beta
+    return table
+
+
+def normalise(
+    x: Array,
+    f: Frame,
+    table: Array,
+    eps: float,
+    given: bool,
+    relu: bool,
+    with_mask: bool,
+    residual: Array | None,
+    weights: Weights | None,
+    out: Array | None,
+    dtype: np.dtype[Any],
+) -> tuple[Array, Array | None]:
+    """y, of `dtype`, and the packed mask. Statistics are those in the table if `given`, else x's own, which are put there."""
+    p = f.plan
+    x_, x_tensor = readable(x, f)
+    if residual is not None:
+        residual, residual_tensor = readable(residual, f)
+    y, y_tensor, made = writable(out, dtype, f)
+    mask = np.empty(mask_shape(p)[0], np.uint16) if with_mask else None
+    threads = dispatch.threads_for(p.count * p.C)
+    s = dispatch.schedule(p, f.itemsize, 1)
+    job = _job(f, s, threads, weights, True)
+    job.update(
+        x=x_tensor,
+        y=y_tensor,
+        residual=None if residual is None else residual_tensor,
+        mask=_mask_tensor(mask, p),
+        relu=True if relu else None,
+        table=table,
+        eps=eps,
+        points=_points(p, x_tensor, weights),
+        streamed=_streamed(y_tensor, f, with_mask),
+    )
+    present = _present(residual, weights, mask, relu)
+    if given:
+        dispatch.run("inference", p, s, "sweeps", f.dtype, present, job, threads)
+    else:
+        dispatch.run("forward", p, s, s.road, f.dtype, present, job, threads)
+    finish_output(y, made)
+    return y, mask
+
+
+def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
+    """A table with x's MEAN, LOW and VAR."""
+    p = f.plan
+    x_, x_tensor = readable(x, f)
+    table = parameter_table(p.C, None, None)
+    threads = dispatch.threads_for(p.count * p.C)
+    s = dispatch.schedule(p, f.itemsize, 1)
+    job = _job(f, s, threads, weights, p.family == "columns")
+    job.update(x=x_tensor, table=table, eps=1.0, points=_points(p, x_tensor, weights))
+    dispatch.run("moments", p, s, "sweeps", f.dtype, _present(None, weights, None, False), job, threads)
+    return table
+
+
+def update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float, dtype: str, force: bool) -> int:
+    """Move the running statistics; how many channels are not finite. With any, nothing is written unless `force`."""
+    job: Job = {
+        "table": table,
+        "running_mean": address(mean),
+        "running_var": address(var),
+        "C": len(mean),
+        "mean_stride": mean.strides[0] // mean.itemsize,
+        "var_stride": var.strides[0] // var.itemsize,
+        "momentum": momentum,
+        "correction": correction,
+        "force": force,
+        "limit": float(np.finfo(mean.dtype).max),
+    }
+    return dispatch.call("update_running", dtype, (), job)
+
+
+# ------------------------------------------------------------------------------------------------------------- backward
+
+
+def _backward_job(
+    dy: Array, x: Array, state: State, threads: int, s: Schedule, scratch: bool
+) -> tuple[Job, Array, tuple[Array, Array]]:
+    """The job's inputs, the backward's table, and the arrays to keep alive."""
+    f = state.frame
+    x, x_tensor = readable(x, f)
+    dy, dy_tensor = readable(dy, f)
+    grads = np.empty((5, f.plan.C))
+    job = _job(f, s, threads, state.weights, scratch)
+    job.update(x=x_tensor, dy=dy_tensor, mask=_mask_tensor(state.mask, f.plan), table=state.table, grads=grads)
+    return job, grads, (x, dy)
+
+
+def backward(
+    dy: Array, x: Array, state: State, frozen: bool, count: float, with_residual: bool, out: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """(dx, the backward's table, dresidual or None)."""
+    f, p, dtype = state.frame, state.frame.plan, x.dtype
+    threads = dispatch.threads_for(p.count * p.C)
+    s = dispatch.schedule(p, f.itemsize, 2)
+    weights = None if frozen else state.weights
+    state = State(f, state.table, state.mask, weights)
+    job, grads, keep = _backward_job(dy, x, state, threads, s, True)
+    dx, dx_tensor, made = writable(out, dtype, f)
+    dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
+    job.update(
+        dx=dx_tensor,
+        dresidual=dresidual_tensor,
+        count=count,
+        frozen=frozen,
+        streamed=_streamed(dx_tensor, f, False),
+    )
+    present = _present(None, weights, state.mask, False, dresidual)
+    road = "sweeps" if frozen else s.road
+    dispatch.run("backward", p, s, road, f.dtype, present, job, threads)
+    finish_output(dx, made)
+    if dresidual is not None:
+        finish_output(dresidual, dresidual_made)
+    del keep
+    return dx, grads, dresidual
+
+
+def reduce(dy: Array, x: Array, state: State) -> Array:
+    """The backward's table with SUM_DY and SUM_DY_XMU of this part of a batch."""
+    f, p = state.frame, state.frame.plan
+    threads = dispatch.threads_for(p.count * p.C)
+    s = dispatch.schedule(p, f.itemsize, 2)
+    job, grads, keep = _backward_job(dy, x, state, threads, s, True)
+    job.update(count=1.0, frozen=True)
+    dispatch.run("reduce", p, s, "sweeps", f.dtype, _present(None, state.weights, state.mask, False), job, threads)
+    del keep
+    return grads
+
+
+def apply(
+    dy: Array, x: Array, state: State, sums: tuple[Array, Array], count: float, with_residual: bool, out: Array | None
+) -> tuple[Array, Array | None]:
+    """dx and dresidual from sums over the whole batch, of which this is a part."""
+    f, p, dtype = state.frame, state.frame.plan, x.dtype
+    threads = dispatch.threads_for(p.count * p.C)
+    s = dispatch.schedule(p, f.itemsize, 2)
+    job, grads, keep = _backward_job(dy, x, state, threads, s, True)
+    job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
+    dx, dx_tensor, made = writable(out, dtype, f)
+    dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
+    job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, frozen=False, streamed=_streamed(dx_tensor, f, False))
+    dispatch.call("finish_backward", "float64", (), job)
+    present = _present(None, state.weights, state.mask, False, dresidual)
+    dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
+    finish_output(dx, made)
+    if dresidual is not None:
+        finish_output(dresidual, dresidual_made)
+    del keep
+    return dx, dresidual

@@ -1,0 +1,206 @@
+"""Which kernels run, in which order, over which tasks: a literal table, printed by ``python -m fastbn.dispatch``.
+
+The key is (operation, family, road). A road says how memory is crossed:
+
+- ``channels``: planes, one group of channels after another; the second sweep reads the cache;
+- ``strips``: the same for columns with short planes;
+- ``sweeps``: the whole array once for the statistics, once for the output: channels last, a few huge channels, inference.
+
+A step names a kernel and what it is split into. Kernels take their arguments by name from one dictionary, the `Job`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from math import gcd
+from typing import Any
+
+from fastbn.layout import LANES, Plan
+from fastbn.threads import get_num_threads, parallel
+
+Job = dict[str, Any]
+
+#                  kernel          split into
+STEPS: Mapping[str, tuple[str, str | None]] = {
+    "forward_planes": ("planes", "channels"),
+    "stats_planes": ("planes", "blocks of channels"),
+    "normalise_planes": ("planes", "segments"),
+    "backward_planes": ("planes_backward", "channels"),
+    "reduce_planes": ("planes_backward", "blocks of channels"),
+    "apply_planes": ("planes_backward", "segments"),
+    "forward_columns": ("columns", "strips"),
+    "stats_columns": ("columns", "blocks of strips"),
+    "normalise_columns": ("columns", "blocks of strips"),
+    "backward_columns": ("columns_backward", "strips"),
+    "reduce_columns": ("columns_backward", "blocks of strips"),
+    "apply_columns": ("columns_backward", "blocks of strips"),
+    "finish_stats": ("channels", None),
+    "finish_given": ("channels", None),
+    "finish_backward": ("channels", None),
+    "update_running": ("channels", None),
+}
+
+TABLE: Mapping[tuple[str, str, str], tuple[str, ...]] = {
+    ("forward", "planes", "channels"): ("forward_planes",),
+    ("forward", "planes", "sweeps"): ("stats_planes", "finish_stats", "normalise_planes"),
+    ("forward", "columns", "strips"): ("forward_columns",),
+    ("forward", "columns", "sweeps"): ("stats_columns", "finish_stats", "normalise_columns"),
+    ("moments", "planes", "sweeps"): ("stats_planes", "finish_stats"),
+    ("moments", "columns", "sweeps"): ("stats_columns", "finish_stats"),
+    ("inference", "planes", "sweeps"): ("finish_given", "normalise_planes"),
+    ("inference", "columns", "sweeps"): ("finish_given", "normalise_columns"),
+    ("backward", "planes", "channels"): ("backward_planes",),
+    ("backward", "planes", "sweeps"): ("reduce_planes", "finish_backward", "apply_planes"),
+    ("backward", "columns", "strips"): ("backward_columns",),
+    ("backward", "columns", "sweeps"): ("reduce_columns", "finish_backward", "apply_columns"),
+    ("reduce", "planes", "sweeps"): ("reduce_planes", "finish_backward"),
+    ("reduce", "columns", "sweeps"): ("reduce_columns", "finish_backward"),
+    ("apply", "planes", "sweeps"): ("apply_planes",),
+    ("apply", "columns", "sweeps"): ("apply_columns",),
+}
+
+# What a group of channels may fill of the L2 cache, all tensors together: 1 MiB a core, half of it for the group behind.
+CACHE = 400 << 10
+# Values whose moments are summed before they are merged. It bounds how far a naive sum can drift, and costs one merge in 65,536.
+BLOCK = 1 << 16
+# A channel larger than the last-level cache is read twice from memory whichever way; sweeps keep all threads on it.
+LARGEST_CHANNEL = 16 << 20
+# Fewer channels than this do not feed the threads of a common machine one by one.
+FEW_CHANNELS = 8
+# Below this many values the threads' wake-up (20 to 40 us) costs more than it saves.
+PARALLEL_FROM = 1 << 18
+# Bytes one kernel call may cross: about 10 ms, so that Ctrl-C is noticed.
+PIECE = 32 << 20
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a plan is cut into tasks: by shape alone, so that the bits do not depend on the threads.
+
+    Attributes
+    ----------
+    road : str
+        ``"channels"``, ``"strips"`` or ``"sweeps"``: the second key of `TABLE` for training.
+    group : int
+        Channels of a group or a strip.
+    blocks : int
+        Blocks of a channel, each summed before it is merged.
+    rows_a_block : int
+        Rows (columns) or planes (planes) of a block.
+    tasks : mapping of str to int
+        What `STEPS` splits into, and how many there are.
+    """
+
+    road: str
+    group: int
+    blocks: int
+    rows_a_block: int
+    tasks: Mapping[str, int]
+
+
+@lru_cache(maxsize=4096)
+def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
+    """The schedule for a plan; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward."""
+    channel = p.count * itemsize * tensors
+    if p.family == "planes":
+        segments = -(-p.S // BLOCK)
+        planes = max(1, BLOCK // p.S)
+        blocks = -(-p.N // planes) * segments
+        fused = segments == 1 and p.C >= FEW_CHANNELS and channel <= LARGEST_CHANNEL
+        group = max(1, min(CACHE // channel, 64, p.C))
+        tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
+        return Schedule("channels" if fused else "sweeps", group, blocks, planes, tasks)
+    if p.S == 1 or p.fold > 1:
+        group = p.C if p.fold > 1 else min(p.C, 1024)
+        strips = -(-p.C // group)
+        rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 18))), -(-512 // (p.fold * p.S)))
+        blocks = max(1, -(-p.rows // rows))
+        return Schedule("sweeps", group, blocks, rows, {"blocks of strips": strips * blocks})
+    step = LANES // gcd(p.S, LANES)  # strips start at a multiple of 16 columns
+    group = step * max(1, min(CACHE // channel, 4096 // p.S) // step)
+    strips = -(-p.C // group)
+    rows = max(1, BLOCK // p.S)
+    blocks = -(-p.N // rows)
+    few = strips < FEW_CHANNELS // 2 or group * channel > LARGEST_CHANNEL
+    tasks = {"strips": strips, "blocks of strips": strips * blocks}
+    return Schedule("sweeps" if few else "strips", group, blocks, rows, tasks)
+
+
+def scratch_shape(p: Plan, s: Schedule, weighted: bool) -> tuple[int, int]:
+    """(rows, columns) of one thread's float64 workspace."""
+    if p.family == "planes":
+        return s.group, 4 * LANES
+    width = s.group * p.S * p.fold
+    return 5 + (8 if weighted and p.S > 1 else 0), -(-width // LANES) * LANES + LANES
+
+
+@lru_cache(maxsize=256)
+def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[..., int], tuple[str, ...]]:
+    """Machine code of a kernel's variant, and the names of its arguments."""
+    from fastbn.kernels.variants import compiled
+
+    function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
+    names = tuple(inspect.signature(function).parameters)
+    return compiled(function, dtype, tuple(a for a in present if a in names)), names
+
+
+def call(name: str, dtype: str, present: tuple[str, ...], job: Job) -> int:
+    """Run a kernel that is not split."""
+    kernel, names = _kernel(name, dtype, present)
+    return kernel(*[job[a] for a in names])
+
+
+def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tuple[str, ...], job: Job, threads: int) -> None:
+    """Run the steps of an operation over a job that holds every argument by name."""
+    for name in TABLE[operation, p.family, road]:
+        split = STEPS[name][1]
+        if split is None:
+            call(name, "float64", (), job)
+            continue
+        kernel, names = _kernel(name, dtype, present)
+        at = names.index("first")
+        if "thread" in names:
+            before, after = [job[a] for a in names[: at - 1]], [job[a] for a in names[at + 2 :]]
+            tasks = s.tasks[split]
+            if threads == 1 and job["pieces"] == 1:
+                kernel(*before, 0, 0, tasks, *after)
+                continue
+
+            def work(thread: int, first: int, last: int, k: Any = kernel, b: Any = before, a: Any = after) -> None:
+                k(*b, thread, first, last, *a)
+        else:
+            before, after = [job[a] for a in names[:at]], [job[a] for a in names[at + 2 :]]
+            tasks = s.tasks[split]
+            if threads == 1 and job["pieces"] == 1:
+                kernel(*before, 0, tasks, *after)
+                continue
+
+            def work(thread: int, first: int, last: int, k: Any = kernel, b: Any = before, a: Any = after) -> None:
+                k(*b, first, last, *a)
+
+        piece = max(1, tasks // job["pieces"])
+        if split == "channels":
+            piece = -(-piece // s.group) * s.group
+        parallel(work, tasks, piece, threads)
+
+
+def threads_for(elements: int) -> int:
+    """Threads for an array of so many values."""
+    return get_num_threads() if elements >= PARALLEL_FROM else 1
+
+
+def describe() -> str:
+    """The table as text."""
+    lines = [f"{'operation':<12}{'family':<10}{'road':<10}kernels (split into)"]
+    for (operation, family, road), names in TABLE.items():
+        steps = ", ".join(f"{n} ({STEPS[n][1]})" if STEPS[n][1] else n for n in names)
+        lines.append(f"{operation:<12}{family:<10}{road:<10}{steps}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

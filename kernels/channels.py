@@ -1,0 +1,122 @@
+"""What happens once a channel: merging blocks, from moments to scale, running statistics. Twin: kernels/cuda/channels.py.
+
+A `table` has one float64 column for each channel. The forward fills the rows GAMMA and BETA from the parameters and the rest from
+the statistics; a context keeps the table for the backward, which needs a second one.
+"""
+
+import math
+
+from fastbn.kernels import formulas
+from fastbn.kernels.simd import get, moved, put
+from fastbn.kernels.variants import inline
+
+# Rows of the forward's table.
+GAMMA, BETA, MEAN, LOW, VAR, INVSTD, SCALE = range(7)
+TABLE_ROWS = 7
+# Rows of the backward's table: the two sums over a channel, and dx = A * dy + B * (x - mean) + C.
+SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
+BACKWARD_ROWS = 5
+
+merge = inline(formulas.merge)
+exact_sum = inline(formulas.exact_sum)
+backward_coefficients = inline(formulas.backward_coefficients)
+running_average = inline(formulas.running_average)
+
+
+@inline
+def shift_of_channel(x, c, points):
+    """The median of three values of channel c: one outlier does not become the shift. Points are offsets in the channel."""
+    p = moved(x[0], c * x[2])
+    a, b, d = get(p, points[0]), get(p, points[1]), get(p, points[2])
+    return max(min(a, b), min(max(a, b), d))
+
+
+@inline
+def moments_of_sums(s, q, count):
+    """Count, mean (relative to the shift) and M2 of a block, from its sums of deviations and of their squares."""
+    if count == 0.0:
+        return 0.0, 0.0, 0.0
+    d = s / count
+    m2 = q - s * d
+    if m2 < 0.0:  # rounding only: m2 is a sum of squares
+        m2 = 0.0
+    return count, d, m2
+
+
+@inline
+def finish_channel(table, c, shift, count, average, m2, eps):
+    """Mean as two words, variance, 1/std and scale of a channel, from its moments around the shift."""
+    mean, low = exact_sum(shift, average)
+    table[MEAN, c] = mean
+    table[LOW, c] = low
+    table[VAR, c] = m2 / count
+    table[INVSTD, c] = 1.0 / math.sqrt(table[VAR, c] + eps)
+    table[SCALE, c] = table[GAMMA, c] * table[INVSTD, c]
+
+
+@inline
+def finish_blocks(table, partial, c, eps):
+    """Merge the blocks of a channel in order, so that the bits do not depend on who computed which."""
+    count, average, m2 = 0.0, 0.0, 0.0
+    for b in range(partial.shape[1]):
+        if partial[c, b, 0] > 0.0:
+            count, average, m2 = merge(count, average, m2, partial[c, b, 0], partial[c, b, 1], partial[c, b, 2])
+    finish_channel(table, c, partial[c, 0, 3], count, average, m2, eps)
+
+
+def finish_stats(table, partial, C, eps):
+    """The rows MEAN to SCALE from the moments of blocks; a row of partial is (count, mean - shift, M2, shift)."""
+    for c in range(C):
+        finish_blocks(table, partial, c, eps)
+
+
+def finish_given(table, C, eps):
+    """INVSTD and SCALE where mean and variance are given."""
+    for c in range(C):
+        table[INVSTD, c] = 1.0 / math.sqrt(table[VAR, c] + eps)
+        table[SCALE, c] = table[GAMMA, c] * table[INVSTD, c]
+
+
+def update_running(table, running_mean, running_var, C, mean_stride, var_stride, momentum, correction, limit, force):
+    """Move the running statistics towards the batch's; correction is n / (n - 1) or 1. How many channels are not finite.
+
+    Such a channel leaves its running statistics as they were: one bad batch does not destroy them. With any such channel nothing
+    is written unless `force`, so that the caller can warn first. `limit` is the largest number that the running dtype holds.
+    """
+    skipped = 0
+    for c in range(C):
+        if not (abs(table[MEAN, c]) <= limit and table[VAR, c] * correction <= limit):
+            skipped += 1
+    if skipped == 0 or force:
+        for c in range(C):
+            mean, var = table[MEAN, c], table[VAR, c] * correction
+            if abs(mean) <= limit and var <= limit:
+                put(running_mean, c * mean_stride, running_average(get(running_mean, c * mean_stride), mean, momentum))
+                put(running_var, c * var_stride, running_average(get(running_var, c * var_stride), var, momentum))
+    return skipped
+
+
+@inline
+def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, frozen):
+    """dx = A * dy + B * (x - mean) + C of a channel; frozen statistics are constants."""
+    grads[SUM_DY, c] = sum_dy
+    grads[SUM_DY_XMU, c] = sum_dy_xmu
+    a, b, d = backward_coefficients(table[GAMMA, c], table[INVSTD, c], sum_dy, sum_dy_xmu, count)
+    grads[COEF_A, c] = a
+    grads[COEF_B, c] = 0.0 if frozen else b
+    grads[COEF_C, c] = 0.0 if frozen else d
+
+
+@inline
+def finish_blocks_backward(table, grads, partial, c, count, frozen):
+    sum_dy, sum_dy_xmu = 0.0, 0.0
+    for b in range(partial.shape[1]):
+        sum_dy += partial[c, b, 0]
+        sum_dy_xmu += partial[c, b, 1]
+    finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, frozen)
+
+
+def finish_backward(table, grads, partial, C, count, frozen):
+    """The rows of the backward's table from the sums of blocks; a row of partial starts (sum dy, sum dy * (x - mean))."""
+    for c in range(C):
+        finish_blocks_backward(table, grads, partial, c, count, frozen)

@@ -1,0 +1,307 @@
+"""Forward kernels for columns: a matrix whose columns belong to channels. Twin: kernels/cuda/columns.py.
+
+Three layouts are one here; column j of the matrix belongs to channel (j // S) % C:
+
+- channels last, NC: a row is one position, S = 1; narrow rows are folded f to a row, so that vectors are full;
+- channels first with short planes: a row is one sample, of C planes of S values.
+
+Versions, 32x2048x7x7 float32 training forward on 2 threads of an AVX-512 machine, as a multiple of a streaming copy's time:
+
+1. one call a plane: 49 values are three vectors and a tail, and a horizontal sum each: 11;
+2. rows of the matrix, accumulators of all columns in the L1 cache, one horizontal sum a channel, scale vectors by column;
+3. tiles of rows: accumulators and scales stay in registers for TILE rows, so that they cost one load and store a tile;
+4. streaming stores, where rows keep their alignment.
+
+`stats_columns` and `normalise_columns` sweep everything once each: channels last needs every row before any output.
+`forward_columns` takes short planes strip by strip: moments from memory, then y out of the cache.
+
+A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
+"""
+
+from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel
+from fastbn.kernels.planes import activate, add_value, flush_bits
+from fastbn.kernels.simd import (
+    LANES,
+    address,
+    bits_above_zero,
+    centre,
+    fence,
+    get,
+    keep,
+    lanes_to_boundary,
+    load,
+    load_some,
+    moved,
+    splat,
+    store,
+    store_some,
+    stream,
+)
+from fastbn.kernels.variants import inline
+
+TILE = 8  # rows in flight; 4, 8 and 16 differ by less than the noise, 1 costs 1.5 times as much
+
+# Rows of a thread's scratch: constants and accumulators by column.
+SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
+MEAN_ROW, LOW_ROW, SCALE_ROW, BIAS_ROW = range(4)
+WEIGHT_ROWS = 4  # and TILE - 1 behind it: the weights of a tile's rows, by column
+SCRATCH_ROWS = WEIGHT_ROWS
+WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
+
+
+@inline
+def row(tensor, r, column):
+    """The pointer to element (r, column)."""
+    return moved(tensor[0], r * tensor[1] + column)
+
+
+@inline
+def row_or_none(tensor, r, column):
+    return None if tensor is None else row(tensor, r, column)
+
+
+@inline
+def strip_of(strip, group, C, S, fold):
+    """First channel, number of channels, first column and width of a strip of `group` channels."""
+    first = strip * group
+    channels = min(group, C - first)
+    return first, channels, first * S, channels * S * fold
+
+
+@inline
+def expand(scratch, to, table, of, first, channels, S, width):
+    """scratch[to, j] = table[of, channel of column j]."""
+    j = 0
+    while j < width:
+        for c in range(first, first + channels):
+            for _ in range(S):
+                scratch[to, j] = table[of, c]
+                j += 1
+
+
+@inline
+def collapse(scratch, of, channel, channels, S, width):
+    """The sum of scratch[of, j] over the columns of a channel, in order."""
+    total = 0.0
+    for start in range(channel * S, width, channels * S):
+        for j in range(start, start + S):
+            total += scratch[of, j]
+    return total
+
+
+@inline
+def vectors(scratch, of):
+    """The pointer to a row of scratch."""
+    return moved(address(scratch), of * scratch.shape[1])
+
+
+@inline
+def zero_row(scratch, of, width):
+    p = vectors(scratch, of)
+    for j in range(0, width, LANES):
+        store(p, j, splat(0.0))
+
+
+# --------------------------------------------------------------------------------------------------------------- moments
+
+
+@inline
+def expand_weights(weight, scratch, to, first, last, S, width):
+    """The weights of rows first..last by column: those of S positions, over and over. Not needed where S is 1."""
+    if weight is not None and S > 1:
+        for r in range(first, last):
+            w = row(weight, r, 0)
+            for start in range(0, width, S):
+                for s in range(S):
+                    scratch[to + r - first, start + s] = get(w, s)
+
+
+@inline
+def weight_vector(weight, scratch, of, first, r, S, j):
+    if weight is None:
+        return None
+    return splat(get(row(weight, r, 0), 0)) if S == 1 else load(vectors(scratch, of + r - first), j)
+
+
+@inline
+def gather_tile(x, weight, first, last, column, width, S, scratch):
+    """Add rows first..last of a strip to its accumulators, around its shifts."""
+    shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
+    expand_weights(weight, scratch, WEIGHT_ROWS, first, last, S, width)
+    zero = splat(0.0)
+    for j in range(0, width, LANES):
+        k = load(shifts, j)
+        acc = (load(sums, j), load(squares, j), zero)
+        if j + LANES <= width:
+            for r in range(first, last):
+                e = load(row(x, r, column), j) - k
+                acc = add_value(acc, e, weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j))
+        else:
+            n = width - j
+            for r in range(first, last):
+                e = keep(load_some(row(x, r, column), j, n) - k, n)
+                acc = add_value(acc, e, weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j))
+        store(sums, j, acc[0])
+        store(squares, j, acc[1])
+
+
+@inline
+def total_weight(weight, first, last, S):
+    total = 0.0
+    for r in range(first, last):
+        for s in range(S):
+            total += get(row(weight, r, s), 0)
+    return total
+
+
+@inline
+def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold, scratch, partial, block):
+    """Moments of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
+    c0, channels, column, width = strip_of(strip, group, C, S, fold)
+    for c in range(c0, c0 + channels):
+        partial[c, block, 3] = shift_of_channel(x, c, points)
+    j = 0
+    while j < width:
+        for c in range(c0, c0 + channels):
+            for _ in range(S):
+                scratch[SHIFT_ROW, j] = partial[c, block, 3]
+                j += 1
+    zero_row(scratch, SUM_ROW, width)
+    zero_row(scratch, SQUARE_ROW, width)
+    for r in range(first, last, TILE):
+        gather_tile(x, weight, r, min(r + TILE, last), column, width, S, scratch)
+    if rest > 0:
+        gather_tile(x, weight, last, last + 1, column, rest, S, scratch)
+    count = float((last - first) * S * fold + rest // C) if weight is None else total_weight(weight, first, last, S)
+    for c in range(channels):
+        s = collapse(scratch, SUM_ROW, c, channels, S, width)
+        q = collapse(scratch, SQUARE_ROW, c, channels, S, width)
+        n, d, m2 = moments_of_sums(s, q, count)
+        partial[c0 + c, block, 0], partial[c0 + c, block, 1], partial[c0 + c, block, 2] = n, d, m2
+
+
+def stats_columns(x, weight, R, rest, C, S, fold, partial, points, scratch, thread, first, last, group, rows_a_block):
+    """Moments of tasks first..last; task = block * strips + strip. A row of partial is (count, mean - shift, M2, shift)."""
+    strips = (C + group - 1) // group
+    blocks = partial.shape[1]
+    for task in range(first, last):
+        b, strip = task // strips, task % strips
+        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
+        more = rest if b == blocks - 1 else 0
+        gather_block(x, weight, points, r0, r1, more, strip, group, C, S, fold, scratch[thread], partial, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------- output
+
+
+@inline
+def expand_channels(table, scratch, first, channels, S, width):
+    expand(scratch, MEAN_ROW, table, MEAN, first, channels, S, width)
+    expand(scratch, LOW_ROW, table, LOW, first, channels, S, width)
+    expand(scratch, SCALE_ROW, table, SCALE, first, channels, S, width)
+    expand(scratch, BIAS_ROW, table, BETA, first, channels, S, width)
+
+
+@inline
+def normalise_column(x, y, residual, mask, relu, first, last, column, j, n, scratch, streamed):
+    """Columns j..j+n (n <= 16) of rows first..last: their scales are loaded once."""
+    mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
+    scale, bias = load(vectors(scratch, SCALE_ROW), j), load(vectors(scratch, BIAS_ROW), j)
+    zero = 0 * bits_above_zero(mean)  # uint64
+    for r in range(first, last):
+        xp, yp = row(x, r, column), row(y, r, column)
+        mp = None if mask is None else row(mask, r, column >> 4)
+        v = load(xp, j) if n == LANES else load_some(xp, j, n)
+        v = centre(xp, v, mean, low) * scale + bias
+        if residual is not None:
+            rp = row(residual, r, column)
+            v += load(rp, j) if n == LANES else load_some(rp, j, n)
+        v, carry = activate(v, relu, mp, zero, j, n)
+        if n < LANES:
+            flush_bits(mp, carry, j + n)
+            store_some(yp, j, v, n)
+        elif streamed:
+            stream(yp, j, v)
+        else:
+            store(yp, j, v)
+
+
+@inline
+def normalise_tile(x, y, residual, mask, relu, first, last, column, width, scratch, streamed, head):
+    j = 0
+    if head > 0:
+        normalise_column(x, y, residual, mask, relu, first, last, column, 0, head, scratch, False)
+        j = head
+    while j + LANES <= width:
+        normalise_column(x, y, residual, mask, relu, first, last, column, j, LANES, scratch, streamed)
+        j += LANES
+    if j < width:
+        normalise_column(x, y, residual, mask, relu, first, last, column, j, width - j, scratch, False)
+
+
+@inline
+def normalise_rows(x, y, residual, mask, relu, first, last, rest, column, width, scratch, streamed):
+    """Rows first..last of a strip, and the `rest` columns of row `last`."""
+    head = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
+    for r in range(first, last, TILE):
+        normalise_tile(x, y, residual, mask, relu, r, min(r + TILE, last), column, width, scratch, streamed, head)
+    if rest > 0:
+        normalise_tile(x, y, residual, mask, relu, last, last + 1, column, rest, scratch, False, 0)
+
+
+def normalise_columns(
+    x, y, residual, mask, relu, R, rest, C, S, fold, table, scratch, thread, first, last, group, rows_a_block, streamed
+):
+    """y from the rows MEAN, LOW, SCALE and BETA of the table; task = block * strips + strip.
+
+    Blocks are taken from the last row to the first: the statistics sweep left the last rows in the cache.
+    """
+    strips = (C + group - 1) // group
+    blocks = max(1, (R + rows_a_block - 1) // rows_a_block)
+    mine = scratch[thread]
+    for task in range(first, last):
+        b, strip = blocks - 1 - task // strips, task % strips
+        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
+        more = rest if b == blocks - 1 else 0
+        c0, channels, column, width = strip_of(strip, group, C, S, fold)
+        expand_channels(table, mine, c0, channels, S, width)
+        normalise_rows(x, y, residual, mask, relu, r0, r1, more, column, width, mine, streamed)
+    if streamed:
+        fence()
+
+
+def forward_columns(
+    x,
+    y,
+    residual,
+    weight,
+    mask,
+    relu,
+    R,
+    C,
+    S,
+    table,
+    eps,
+    partial,
+    points,
+    scratch,
+    thread,
+    first,
+    last,
+    group,
+    rows_a_block,
+    streamed,
+):
+    """Training forward of short planes, strips first..last: moments from memory, then y out of the cache."""
+    mine = scratch[thread]
+    for strip in range(first, last):
+        for b in range(partial.shape[1]):
+            r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
+            gather_block(x, weight, points, r0, r1, 0, strip, group, C, S, 1, mine, partial, b)
+        c0, channels, column, width = strip_of(strip, group, C, S, 1)
+        for c in range(c0, c0 + channels):
+            finish_blocks(table, partial, c, eps)
+        expand_channels(table, mine, c0, channels, S, width)
+        normalise_rows(x, y, residual, mask, relu, 0, R, 0, column, width, mine, streamed)
+    if streamed:
+        fence()

@@ -1,0 +1,237 @@
+"""Backward kernels for columns: a matrix whose columns belong to channels. Twin: kernels/cuda/columns_backward.py.
+
+The layouts and the strips are those of columns.py, the formulas those of planes_backward.py. `reduce_columns` and `apply_columns`
+sweep everything once each; `backward_columns` takes short planes strip by strip, so that the second sweep reads the cache.
+"""
+
+from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_blocks_backward
+from fastbn.kernels.columns import (
+    TILE,
+    collapse,
+    expand,
+    expand_weights,
+    row,
+    row_or_none,
+    strip_of,
+    vectors,
+    weight_vector,
+    zero_row,
+)
+from fastbn.kernels.planes_backward import add_products, gradient, gradient_some, slope
+from fastbn.kernels.simd import (
+    LANES,
+    centre,
+    fence,
+    keep,
+    lanes_to_boundary,
+    load,
+    load_some,
+    splat,
+    store,
+    store_some,
+    stream,
+)
+from fastbn.kernels.variants import inline
+
+# Rows of a thread's scratch: constants and accumulators by column. The weights of a tile stand behind them.
+MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)
+A_ROW, B_ROW, C_ROW = range(2, 5)
+WEIGHT_ROWS = 5
+SCRATCH_ROWS = WEIGHT_ROWS
+WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
+
+# ------------------------------------------------------------------------------------------------------------------ sums
+
+
+@inline
+def mask_row(mask, r, column):
+    """Strips start at a multiple of 16 columns, so at a word of the row's mask."""
+    return None if mask is None else row(mask, r, column >> 4)
+
+
+@inline
+def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch):
+    """Add rows first..last of a strip to its sums."""
+    means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
+    sums, products = vectors(scratch, DY_ROW), vectors(scratch, DY_XMU_ROW)
+    zero = splat(0.0)
+    for j in range(0, width, LANES):
+        mean, low = load(means, j), load(lows, j)
+        acc = (load(sums, j), load(products, j), zero)
+        if j + LANES <= width:
+            for r in range(first, last):
+                xp = row(x, r, column)
+                g = gradient(row(dy, r, column), mask_row(mask, r, column), j)
+                acc = add_products(acc, g, centre(xp, load(xp, j), mean, low), weight)
+        else:
+            n = width - j
+            for r in range(first, last):
+                xp = row(x, r, column)
+                g = gradient_some(row(dy, r, column), mask_row(mask, r, column), j, n)
+                acc = add_products(acc, g, keep(centre(xp, load_some(xp, j, n), mean, low), n), weight)
+        store(sums, j, acc[0])
+        store(products, j, acc[1])
+
+
+@inline
+def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fold, table, scratch, partial, block):
+    """Both sums of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
+    c0, channels, column, width = strip_of(strip, group, C, S, fold)
+    expand(scratch, MEAN_ROW, table, MEAN, c0, channels, S, width)
+    expand(scratch, LOW_ROW, table, LOW, c0, channels, S, width)
+    zero_row(scratch, DY_ROW, width)
+    zero_row(scratch, DY_XMU_ROW, width)
+    for r in range(first, last, TILE):
+        reduce_tile(x, dy, weight, mask, r, min(r + TILE, last), column, width, scratch)
+    if rest > 0:
+        reduce_tile(x, dy, weight, mask, last, last + 1, column, rest, scratch)
+    for c in range(channels):
+        partial[c0 + c, block, 0] = collapse(scratch, DY_ROW, c, channels, S, width)
+        partial[c0 + c, block, 1] = collapse(scratch, DY_XMU_ROW, c, channels, S, width)
+
+
+def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scratch, thread, first, last, group, rows_a_block):
+    """Both sums of tasks first..last, into the first two numbers of a row of partial; task = block * strips + strip."""
+    strips = (C + group - 1) // group
+    blocks = partial.shape[1]
+    for task in range(first, last):
+        b, strip = task // strips, task % strips
+        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
+        more = rest if b == blocks - 1 else 0
+        reduce_block(x, dy, weight, mask, r0, r1, more, strip, group, C, S, fold, table, scratch[thread], partial, b)
+
+
+# -------------------------------------------------------------------------------------------------------------------- dx
+
+
+@inline
+def expand_coefficients(table, grads, scratch, first, channels, S, width):
+    expand(scratch, MEAN_ROW, table, MEAN, first, channels, S, width)
+    expand(scratch, LOW_ROW, table, LOW, first, channels, S, width)
+    expand(scratch, A_ROW, grads, COEF_A, first, channels, S, width)
+    expand(scratch, B_ROW, grads, COEF_B, first, channels, S, width)
+    expand(scratch, C_ROW, grads, COEF_C, first, channels, S, width)
+
+
+@inline
+def apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, n, scratch, streamed):
+    """Columns j..j+n (n <= 16) of rows first..last: their coefficients are loaded once."""
+    mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
+    a, b, c = load(vectors(scratch, A_ROW), j), load(vectors(scratch, B_ROW), j), load(vectors(scratch, C_ROW), j)
+    coefficients = (mean, low, a, b, c)
+    for r in range(first, last):
+        xp, dyp, dxp = row(x, r, column), row(dy, r, column), row(dx, r, column)
+        mp = mask_row(mask, r, column)
+        if n == LANES:
+            v, g = load(xp, j), gradient(dyp, mp, j)
+        else:
+            v, g = load_some(xp, j, n), gradient_some(dyp, mp, j, n)
+        w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
+        v = slope(g, centre(xp, v, mean, low), coefficients, w)
+        if dresidual is not None:
+            store_some(row(dresidual, r, column), j, g, n)
+        if n < LANES:
+            store_some(dxp, j, v, n)
+        elif streamed:
+            stream(dxp, j, v)
+        else:
+            store(dxp, j, v)
+
+
+@inline
+def apply_tile(x, dy, dx, dresidual, weight, mask, first, last, column, width, S, scratch, streamed, head):
+    expand_weights(weight, scratch, WEIGHT_ROWS, first, last, S, width)
+    j = 0
+    if head > 0:
+        apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, 0, head, scratch, False)
+        j = head
+    while j + LANES <= width:
+        apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, LANES, scratch, streamed)
+        j += LANES
+    if j < width:
+        apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, width - j, scratch, False)
+
+
+@inline
+def apply_rows(x, dy, dx, dresidual, weight, mask, first, last, rest, column, width, S, scratch, streamed):
+    """Rows first..last of a strip, and the `rest` columns of row `last`."""
+    head = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
+    for r in range(first, last, TILE):
+        stop = min(r + TILE, last)
+        apply_tile(x, dy, dx, dresidual, weight, mask, r, stop, column, width, S, scratch, streamed, head)
+    if rest > 0:
+        apply_tile(x, dy, dx, dresidual, weight, mask, last, last + 1, column, rest, S, scratch, False, 0)
+
+
+def apply_columns(
+    x,
+    dy,
+    dx,
+    dresidual,
+    weight,
+    mask,
+    R,
+    rest,
+    C,
+    S,
+    fold,
+    table,
+    grads,
+    scratch,
+    thread,
+    first,
+    last,
+    group,
+    rows_a_block,
+    streamed,
+):
+    """dx and dresidual from the rows COEF_A to COEF_C of grads; blocks of rows from the last to the first, as in the forward."""
+    strips = (C + group - 1) // group
+    blocks = max(1, (R + rows_a_block - 1) // rows_a_block)
+    mine = scratch[thread]
+    for task in range(first, last):
+        b, strip = blocks - 1 - task // strips, task % strips
+        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
+        more = rest if b == blocks - 1 else 0
+        c0, channels, column, width = strip_of(strip, group, C, S, fold)
+        expand_coefficients(table, grads, mine, c0, channels, S, width)
+        apply_rows(x, dy, dx, dresidual, weight, mask, r0, r1, more, column, width, S, mine, streamed)
+    if streamed:
+        fence()
+
+
+def backward_columns(
+    x,
+    dy,
+    dx,
+    dresidual,
+    weight,
+    mask,
+    R,
+    C,
+    S,
+    table,
+    grads,
+    count,
+    partial,
+    scratch,
+    thread,
+    first,
+    last,
+    group,
+    rows_a_block,
+    streamed,
+):
+    """Training backward of short planes, strips first..last: sums from memory, then dx out of the cache."""
+    mine = scratch[thread]
+    for strip in range(first, last):
+        for b in range(partial.shape[1]):
+            r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
+            reduce_block(x, dy, weight, mask, r0, r1, 0, strip, group, C, S, 1, table, mine, partial, b)
+        c0, channels, column, width = strip_of(strip, group, C, S, 1)
+        for c in range(c0, c0 + channels):
+            finish_blocks_backward(table, grads, partial, c, count, False)
+        expand_coefficients(table, grads, mine, c0, channels, S, width)
+        apply_rows(x, dy, dx, dresidual, weight, mask, 0, R, 0, column, width, S, mine, streamed)
+    if streamed:
+        fence()

@@ -1,0 +1,183 @@
+"""Backward kernels for NC and channels last: x and dy are (rows, C), C contiguous. Twin: kernels/columns.py.
+
+Versions
+--------
+1. A thread a channel, down all rows: with 64 channels 64 threads work.
+2. (here) the blocks and tiles of columns.py, and the two launches of planes_backward.py: sums, then dx.
+"""
+
+from functools import lru_cache
+
+from numba import float64, int32, int64
+
+from fastbn.kernels.cuda.blocks import divide, is_last_block
+from fastbn.kernels.cuda.channels import DA, DB, DC, HI, INV, LO, finish_backward
+from fastbn.kernels.cuda.columns import add_columns, place, row_access, valid_rows
+from fastbn.kernels.cuda.target import cuda
+from fastbn.kernels.cuda.tiles import TILE, exact_sum, tile_gradient, tile_masked
+from fastbn.kernels.cuda.vectors import access
+
+
+@lru_cache(maxsize=None)
+def reduce_columns(kind, lanes, threads, wide, relu):
+    """The kernel for arrays of `kind`: the sums of dy and of dy * xhat, then all that follows from them; `relu` reads the mask."""
+    T = kind.compute
+    load_rows = row_access(kind, lanes)
+    masked = tile_masked(T)
+    per_tile = TILE // lanes
+    high = threads // wide
+    columns = wide * lanes
+    cells = threads * lanes
+    groups = max(1, threads // columns)  # threads a column when blocks merge
+    merge_cells = groups * columns
+
+    def reduce_columns(
+        x, dy, mask, rows, C, splits, chunk, partials, counters, table, grads, coefs, grad_coefs, dgamma, dbeta, frozen
+    ):
+        a_cells = cuda.shared.array(cells, T)
+        b_cells = cuda.shared.array(cells, T)
+        a_sum = cuda.shared.array(columns, T)
+        b_sum = cuda.shared.array(columns, T)
+        a_merge = cuda.shared.array(merge_cells, float64)
+        b_merge = cuda.shared.array(merge_cells, float64)
+        a_total = cuda.shared.array(columns, float64)
+        b_total = cuda.shared.array(columns, float64)
+        ticket = cuda.shared.array(1, int32)
+        x_tile = cuda.local.array(TILE, T)
+        dy_tile = cuda.local.array(TILE, T)
+        hi = cuda.local.array(lanes, T)
+        lo = cuda.local.array(lanes, T)
+        invstd = cuda.local.array(lanes, T)
+        sum_dy = cuda.local.array(lanes, T)
+        sum_xhat = cuda.local.array(lanes, T)
+        lost_dy = cuda.local.array(lanes, T)
+        lost_xhat = cuda.local.array(lanes, T)
+        rows_a_tile = int64(high * per_tile)
+        column_tiles, _ = divide(C + columns - 1, columns)
+        column_tile, k, tx, ty, c, row = place(
+            wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.blockIdx.x)
+        )
+        inside = c < C
+        end = min(rows, (k + 1) * chunk * rows_a_tile)
+        for v in range(lanes):
+            sum_dy[v], sum_xhat[v], lost_dy[v], lost_xhat[v] = T(0), T(0), T(0), T(0)
+            if inside:
+                hi[v] = coefs[HI * C + c + v]
+                lo[v] = coefs[LO * C + c + v]
+                invstd[v] = coefs[INV * C + c + v]
+        # tile -> thread
+        t = k * chunk
+        while inside and row < end:
+            count = valid_rows(row, end, high, per_tile)
+            load_rows(x, x_tile, row, count, high, C, c)
+            load_rows(dy, dy_tile, row, count, high, C, c)
+            if relu:
+                masked(dy_tile, mask[(t * column_tiles + column_tile) * threads + int64(cuda.threadIdx.x)])
+            for v in range(lanes):
+                a, b = T(0), T(0)
+                for u in range(per_tile):
+                    i = u * lanes + v
+                    if u < count:
+                        a += dy_tile[i]
+                        b += dy_tile[i] * (((x_tile[i] - hi[v]) - lo[v]) * invstd[v])
+                sum_dy[v], error = exact_sum(sum_dy[v], a)
+                lost_dy[v] += error
+                sum_xhat[v], error = exact_sum(sum_xhat[v], b)
+                lost_xhat[v] += error
+            t += 1
+            row += rows_a_tile
+        # thread -> block
+        for v in range(lanes):
+            cell = ty * columns + tx * lanes + v
+            a_cells[cell] = sum_dy[v] + lost_dy[v]
+            b_cells[cell] = sum_xhat[v] + lost_xhat[v]
+        add_columns(a_cells, columns, high, a_sum)
+        add_columns(b_cells, columns, high, b_sum)
+        # block -> channel; rows of partials are (split, channel)
+        if ty == 0 and inside:
+            for v in range(lanes):
+                partials[(k * C + c + v) * 2] = float64(a_sum[tx * lanes + v])
+                partials[(k * C + c + v) * 2 + 1] = float64(b_sum[tx * lanes + v])
+        if is_last_block(counters, column_tile, splits, ticket):
+            cell = int64(cuda.threadIdx.x)
+            while cell < merge_cells:
+                k, column = divide(cell, columns)
+                c = column_tile * columns + column
+                a64, b64 = 0.0, 0.0
+                while c < C and k < splits:
+                    a64 += partials[(k * C + c) * 2]
+                    b64 += partials[(k * C + c) * 2 + 1]
+                    k += groups
+                a_merge[cell] = a64
+                b_merge[cell] = b64
+                cell += threads
+            add_columns(a_merge, columns, groups, a_total)
+            add_columns(b_merge, columns, groups, b_total)
+            column = int64(cuda.threadIdx.x)
+            while column < columns:
+                c = column_tile * columns + column
+                if c < C:
+                    finish_backward(
+                        table, grads, grad_coefs, c, C, a_total[column], b_total[column], float64(rows), dgamma, dbeta, frozen
+                    )
+                column += threads
+
+    return reduce_columns
+
+
+@lru_cache(maxsize=None)
+def apply_columns(kind, lanes, threads, wide, relu, residual, frozen):
+    """The kernel for arrays of `kind`: dx; `residual` writes the gradient before the normalisation too; `frozen` needs no x."""
+    T = kind.compute
+    _, store = access(kind, lanes)
+    load_rows = row_access(kind, lanes)
+    gradient = tile_gradient(T, frozen)
+    masked = tile_masked(T)
+    per_tile = TILE // lanes
+    high = threads // wide
+    columns = wide * lanes
+
+    def apply_columns(x, dy, dx, dresidual, mask, rows, C, chunk, coefs, grad_coefs):
+        x_tile = cuda.local.array(TILE, T)
+        dy_tile = cuda.local.array(TILE, T)
+        hi = cuda.local.array(lanes, T)
+        lo = cuda.local.array(lanes, T)
+        invstd = cuda.local.array(lanes, T)
+        a = cuda.local.array(lanes, T)
+        b = cuda.local.array(lanes, T)
+        d = cuda.local.array(lanes, T)
+        rows_a_tile = int64(high * per_tile)
+        column_tiles, _ = divide(C + columns - 1, columns)
+        # Rows from last to first: what reduce_columns has read last is still in the L2 cache.
+        column_tile, k, tx, ty, c, row = place(
+            wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.gridDim.x - 1 - cuda.blockIdx.x)
+        )
+        end = min(rows, (k + 1) * chunk * rows_a_tile)
+        if c < C:
+            for v in range(lanes):
+                hi[v] = coefs[HI * C + c + v]
+                lo[v] = coefs[LO * C + c + v]
+                invstd[v] = coefs[INV * C + c + v]
+                a[v] = grad_coefs[DA * C + c + v]
+                b[v] = grad_coefs[DB * C + c + v]
+                d[v] = grad_coefs[DC * C + c + v]
+            t = k * chunk
+            while row < end:
+                count = valid_rows(row, end, high, per_tile)
+                if not frozen:
+                    load_rows(x, x_tile, row, count, high, C, c)
+                load_rows(dy, dy_tile, row, count, high, C, c)
+                if relu:
+                    masked(dy_tile, mask[(t * column_tiles + column_tile) * threads + int64(cuda.threadIdx.x)])
+                for u in range(per_tile):
+                    if u < count:
+                        at = (row + u * high) * C + c
+                        if residual:
+                            store(dresidual, at, dy_tile, u * lanes)
+                        for v in range(lanes):
+                            gradient(x_tile, dy_tile, u * lanes + v, hi[v], lo[v], invstd[v], a[v], b[v], d[v])
+                        store(dx, at, dy_tile, u * lanes)
+                t += 1
+                row += rows_a_tile
+
+    return apply_columns

@@ -1,0 +1,106 @@
+"""Which kernels run for a shape, with how many blocks. Pure Python; a plan depends on shape, dtype and alignment alone.
+
+So do the bits of the result: neither the GPU's number of multiprocessors nor its load enters.
+"""
+
+from dataclasses import dataclass
+
+TILE = 32  # elements of a thread's tile: kernels/cuda/tiles.py
+LANES = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the planner may choose from; the simulator's tests use tiny ones."""
+
+    threads: int = 256  # the largest block of the two-launch kernels
+    smallest: int = 32  # the smallest: one warp
+    blocks: int = 1056  # blocks wanted in a launch: 8 for each of 132 multiprocessors
+    wide: int = 16  # vectors across a block of columns
+    tall: int = 4  # tiles of rows that a block of columns takes at least, so that merging stays cheap
+    persistent: tuple[int, ...] = (32, 96)  # elements a thread holds of a channel, forward; the backward holds half of x, half of dy
+    persistent_threads: int = 512
+    persistent_channels: int = 96  # fewer channels than this leave multiprocessors idle, unless they are small
+    persistent_small: int = 4096  # elements of a channel that is small
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launch of one shape. family "planes": blocks = C * splits; "columns": blocks = column tiles * splits.
+
+    `chunk` is in tiles; `words` is the length of the activation's mask, one uint32 for each thread and tile; `held` is the number of
+    elements a thread holds in the persistent kernels, 0 where they do not apply.
+    """
+
+    family: str
+    lanes: int
+    threads: int
+    wide: int
+    splits: int
+    chunk: int
+    groups: int
+    words: int
+    held_forward: int = 0
+    held_backward: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a two-launch kernel."""
+        return self.groups * self.splits
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _split(tiles: int, wanted: int) -> tuple[int, int]:
+    """(splits, chunk): about `wanted` shares of `tiles` tiles, none empty."""
+    chunk = _ceil(tiles, max(1, min(wanted, tiles)))
+    return _ceil(tiles, chunk), chunk
+
+
+def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes = Sizes()) -> Plan:  # noqa: B008 (frozen)
+    """The plan for data of shape (N, C, S), C >= 1, N * S >= 1; S == 1 means rows of channels (NC, channels last).
+
+    Examples
+    --------
+    >>> p = plan(32, 64, 56 * 56, "float32", aligned=True)
+    >>> p.family, p.lanes, p.threads, p.splits
+    ('planes', 4, 256, 13)
+    >>> plan(32, 64, 7 * 7, "float32", aligned=True).lanes  # 49 is no multiple of 4
+    1
+    >>> plan(32 * 56 * 56, 64, 1, "float16", aligned=True).family
+    'columns'
+    """
+    full = LANES[dtype]
+    if S > 1:
+        lanes = full if aligned and S % full == 0 else 1
+        values = N * S
+        threads = sizes.threads
+        while threads > sizes.smallest and threads * TILE > values:
+            threads //= 2
+        held_forward = _held(values, C, lanes, sizes, 1, sizes.persistent)
+        held_backward = _held(values, C, lanes, sizes, 2, sizes.persistent)
+        tiles = _ceil(values, threads * TILE)
+        splits, chunk = _split(tiles, _ceil(sizes.blocks, C))
+        return Plan("planes", lanes, threads, 0, splits, chunk, C, C * tiles * threads, held_forward, held_backward)
+    lanes = full if aligned and C % full == 0 else 1
+    wide = sizes.wide * (2 if lanes == 1 else 1)
+    while wide > 1 and (wide // 2) * lanes >= C:
+        wide //= 2
+    rows_a_tile = (sizes.threads // wide) * (TILE // lanes)
+    column_tiles = _ceil(C, wide * lanes)
+    tiles = _ceil(N, rows_a_tile)
+    wanted = min(_ceil(sizes.blocks, column_tiles), max(1, tiles // sizes.tall))
+    splits, chunk = _split(tiles, wanted)
+    return Plan("columns", lanes, sizes.threads, wide, splits, chunk, column_tiles, column_tiles * tiles * sizes.threads)
+
+
+def _held(values: int, C: int, lanes: int, sizes: Sizes, arrays: int, choices: tuple[int, ...]) -> int:
+    """Elements that a thread holds of each array, or 0 where a channel does not fit a block or would leave the GPU idle."""
+    if C < sizes.persistent_channels and values > sizes.persistent_small:
+        return 0
+    for held in choices:
+        if values * arrays <= sizes.persistent_threads * held:
+            return held // arrays
+    return 0

@@ -1,0 +1,270 @@
+"""Forward kernels for channels first: x is (N, C, S), S contiguous. Twin: kernels/planes.py.
+
+Versions
+--------
+1. A block a plane: 2048 channels of 7x7 start 65,536 blocks that read 196 bytes each.
+2. (here) `splits` blocks a channel. The vectors of a channel are numbered j = n * SV + s across its planes, and a block takes
+   `chunk` tiles of them, so planes of any size fill it. Each thread reads TILE elements (8 vectors of float32) before it uses them.
+   Statistics: tile -> thread -> block -> channel; the block of a channel that finishes last merges the others' moments in order.
+3. persistent.py: where a channel fits one block's registers, in one launch and without reading x twice.
+
+Inside a block each thread's moments are around its own first value (a shift), so that a mean a million times the deviation costs
+no accuracy in float32. Blocks merge by sums of deviations around one shift: Chan, Golub and LeVeque's merge (1983) of many samples at
+once, without a division for each, corrected as their eq. 1.7. Where squares overflow float32 (values of 1e25) the block starts over with
+x scaled by a power of two. Bits depend on the shape alone.
+"""
+
+import math
+from functools import lru_cache
+
+from numba import float32, float64, int32, int64, uint32
+
+from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide, is_last_block
+from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats
+from fastbn.kernels.cuda.target import cuda, device
+from fastbn.kernels.cuda.tiles import TILE, merge, tile_moments, tile_normalise
+from fastbn.kernels.cuda.vectors import access
+
+# The scale of the second attempt: squares of 3e38 * 2**-80, summed over 2**31 values, are finite in float32.
+SMALL = 2.0**-80
+# Elements of shared memory that `merge_threads` needs.
+MERGE_SCRATCH = SCRATCH + 1
+
+
+@device
+def advance(address, s, SV, step, step_s, wrap):
+    """From a thread's vector to its next one, blockDim vectors on: element address, and vector s of the plane."""
+    address += step
+    s += step_s
+    if s >= SV:
+        s -= SV
+        address += wrap
+    return address, s
+
+
+@device
+def first_vector(j, c, C, S, SV, lanes):
+    """Element address and s of vector j of channel c."""
+    n, s = divide(j, SV)
+    return (n * C + c) * S + s * lanes, s
+
+
+@device
+def steps(C, S, SV, lanes):
+    """(step, step_s, wrap) for `advance`."""
+    step_n, step_s = divide(int64(cuda.blockDim.x), SV)
+    return step_n * C * S + step_s * lanes, step_s, (C - 1) * S
+
+
+@device
+def valid_vectors(j, vectors, per_tile):
+    """How many of a thread's vectors j, j + blockDim, ... of one tile lie before the channel's end."""
+    threads = int64(cuda.blockDim.x)
+    left, _ = divide(max(vectors - j, 0) + threads - 1, threads)
+    return min(left, per_tile)
+
+
+@lru_cache(maxsize=None)
+def tile_access(kind, lanes):
+    """(load_tile, load_some): a thread's tile from memory; returns the address and s of the tile after it."""
+    load, _ = access(kind, lanes)
+    per_tile = TILE // lanes
+
+    @device
+    def load_tile(x, tile, address, s, SV, step, step_s, wrap):
+        for u in range(per_tile):
+            load(x, address, tile, u * lanes)
+            address, s = advance(address, s, SV, step, step_s, wrap)
+        return address, s
+
+    @device
+    def load_some(x, tile, address, s, SV, step, step_s, wrap, count):
+        for u in range(per_tile):
+            if u < count:
+                load(x, address, tile, u * lanes)
+                address, s = advance(address, s, SV, step, step_s, wrap)
+        return address, s
+
+    return load_tile, load_some
+
+
+@lru_cache(maxsize=None)
+def merge_threads(T):
+    """merge_threads(n, shift, mean, m2, scratch): (count, centre, s1, s2), the sums of a block's deviations around a centre near its mean.
+
+    First a centre from the shift of thread 0, then deviations around that centre: their sum s1 is almost 0, so that
+    s2 - s1**2 / count does not cancel (Chan, Golub and LeVeque 1983, eq. 1.7).
+    """
+
+    @device
+    def merge_threads(n, shift, mean, m2, scratch):
+        if cuda.threadIdx.x == 0:
+            scratch[SCRATCH] = shift
+        cuda.syncthreads()
+        centre = scratch[SCRATCH]
+        count, s1 = block_sums(n, n * ((shift - centre) + mean), scratch)
+        centre = centre + s1 / count
+        deviation = (shift - centre) + mean
+        if n == T(0):
+            deviation = T(0)
+        s1, s2 = block_sums(n * deviation, m2 + n * deviation * deviation, scratch)
+        return count, centre, s1, s2
+
+    return merge_threads
+
+
+@device
+def put_partial(partials, row, count, centre, s1, s2, scale):
+    """A block's moments as a row of partials, unscaled: count, shift, mean - shift, M2."""
+    unscale = 1.0 / float64(scale)
+    average = float64(s1) / float64(count)
+    partials[row * FIELDS] = float64(count)
+    partials[row * FIELDS + 1] = float64(centre) * unscale
+    partials[row * FIELDS + 2] = average * unscale
+    partials[row * FIELDS + 3] = (float64(s2) - average * float64(s1)) * unscale * unscale
+
+
+@device
+def merge_partials(partials, first, splits, scratch):
+    """(count, shift, mean - shift, M2) of `splits` rows, in an order that depends on their number and the block's size alone."""
+    shift = partials[first * FIELDS + 1]
+    offset = partials[first * FIELDS + 2]
+    count, unused, s1, s2 = 0.0, 0.0, 0.0, 0.0
+    k = int64(cuda.threadIdx.x)
+    while k < splits:
+        row = (first + k) * FIELDS
+        n = partials[row]
+        deviation = (partials[row + 1] - shift) + (partials[row + 2] - offset)
+        count += n
+        s1 += n * deviation
+        s2 += partials[row + 3] + n * deviation * deviation
+        k += int64(cuda.blockDim.x)
+    count, unused = block_sums(count, unused, scratch)
+    s1, s2 = block_sums(s1, s2, scratch)
+    average = s1 / count
+    return count, shift, offset + average, s2 - average * s1
+
+
+@lru_cache(maxsize=None)
+def stats_planes(kind, lanes):
+    """The kernel for arrays of `kind`, read `lanes` elements at a time."""
+    T = kind.compute
+    rescale = T == float32
+    per_tile = TILE // lanes
+    load_tile, load_some = tile_access(kind, lanes)
+    moments, moments_some = tile_moments(T)
+    merge_block = merge_threads(T)
+    small = T(SMALL)
+
+    def stats_planes(
+        x, N, C, S, splits, chunk, partials, counters, table, coefs, gamma, beta, running_mean, running_var,
+        momentum, eps, correction,
+    ):  # fmt: skip
+        scratch = cuda.shared.array(MERGE_SCRATCH, T)
+        scratch64 = cuda.shared.array(SCRATCH, float64)
+        ticket = cuda.shared.array(1, int32)
+        tile = cuda.local.array(TILE, T)
+        c, k = divide(int64(cuda.blockIdx.x), splits)
+        SV, _ = divide(S, lanes)
+        vectors = N * SV
+        tile_vectors = int64(cuda.blockDim.x) * per_tile
+        first = k * chunk
+        whole, rest = divide(vectors, tile_vectors)
+        last = min(first + chunk, whole)
+        step, step_s, wrap = steps(C, S, SV, lanes)
+        start, start_s = first_vector(first * tile_vectors + int64(cuda.threadIdx.x), c, C, S, SV, lanes)
+
+        scale = T(1)
+        while True:
+            n, shift, mean, m2 = T(0), T(0), T(0), T(0)
+            address, s = start, start_s
+            # tile -> thread
+            for _ in range(first, last):
+                address, s = load_tile(x, tile, address, s, SV, step, step_s, wrap)
+                if n == T(0):
+                    shift = tile[0] * scale
+                tile_mean, tile_m2 = moments(tile, shift, scale)
+                n, mean, m2 = merge(n, mean, m2, T(TILE), tile_mean, tile_m2)
+            # the channel's last tile, where it is not whole
+            if rest > 0 and first + chunk > whole:
+                count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
+                if count > 0:
+                    load_some(x, tile, address, s, SV, step, step_s, wrap, count)
+                    if n == T(0):
+                        shift = tile[0] * scale
+                    tile_mean, tile_m2 = moments_some(tile, shift, scale, count * lanes)
+                    n, mean, m2 = merge(n, mean, m2, T(count * lanes), tile_mean, tile_m2)
+            # thread -> block
+            total, centre, s1, s2 = merge_block(n, shift, mean, m2, scratch)
+            if not rescale or math.isfinite(s2) or scale != T(1):
+                break
+            scale = small
+
+        # block -> channel
+        if cuda.threadIdx.x == 0:
+            put_partial(partials, c * splits + k, total, centre, s1, s2, scale)
+        if is_last_block(counters, c, splits, ticket):
+            count64, shift64, average, m2_64 = merge_partials(partials, c * splits, splits, scratch64)
+            if cuda.threadIdx.x == 0:
+                finish_stats(
+                    table, coefs, c, C, count64, shift64, average, m2_64, gamma, beta, running_mean, running_var,
+                    momentum, eps, correction,
+                )  # fmt: skip
+
+    return stats_planes
+
+
+@lru_cache(maxsize=None)
+def normalise_planes(kind, lanes, relu, residual):
+    """The kernel for arrays of `kind`; `relu` writes one word of the mask a tile, `residual` is added before it."""
+    T = kind.compute
+    load, store = access(kind, lanes)
+    load_tile, load_some = tile_access(kind, lanes)
+    normalise = tile_normalise(T, relu, residual)
+    per_tile = TILE // lanes
+    room = TILE if residual else 1
+
+    def normalise_planes(x, y, residual_x, mask, N, C, S, splits, chunk, coefs):
+        tile = cuda.local.array(TILE, T)
+        added = cuda.local.array(room, T)
+        # Channels from last to first: what stats_planes has read last is still in the L2 cache.
+        c, k = divide(int64(cuda.gridDim.x - 1 - cuda.blockIdx.x), splits)
+        hi, lo, scale, shift = coefs[HI * C + c], coefs[LO * C + c], coefs[SCALE_T * C + c], coefs[SHIFT * C + c]
+        threads = int64(cuda.blockDim.x)
+        SV, _ = divide(S, lanes)
+        vectors = N * SV
+        tile_vectors = threads * per_tile
+        first = k * chunk
+        whole, rest = divide(vectors, tile_vectors)
+        tiles = whole + (1 if rest > 0 else 0)
+        step, step_s, wrap = steps(C, S, SV, lanes)
+        address, s = first_vector(first * tile_vectors + int64(cuda.threadIdx.x), c, C, S, SV, lanes)
+        for t in range(first, min(first + chunk, whole)):
+            at, at_s = address, s
+            address, s = load_tile(x, tile, at, at_s, SV, step, step_s, wrap)
+            if residual:
+                load_tile(residual_x, added, at, at_s, SV, step, step_s, wrap)
+            word = uint32(0)
+            for u in range(per_tile):
+                for v in range(lanes):
+                    word = normalise(tile, u * lanes + v, added, hi, lo, scale, shift, word)
+                store(y, at, tile, u * lanes)
+                at, at_s = advance(at, at_s, SV, step, step_s, wrap)
+            if relu:
+                mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)] = word
+        if rest > 0 and first + chunk > whole:
+            count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
+            load_some(x, tile, address, s, SV, step, step_s, wrap, count)
+            if residual:
+                load_some(residual_x, added, address, s, SV, step, step_s, wrap, count)
+            word = uint32(0)
+            for u in range(per_tile):
+                if u < count:
+                    for v in range(lanes):
+                        word = normalise(tile, u * lanes + v, added, hi, lo, scale, shift, word)
+                    store(y, address, tile, u * lanes)
+                    address, s = advance(address, s, SV, step, step_s, wrap)
+            if relu:
+                mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)] = word
+
+    return normalise_planes

@@ -1,0 +1,47 @@
+"""What Numba's CUDA simulator lacks, so that kernels run in it unchanged: warp shuffles, and `cuda` inside device functions.
+
+A simulated thread is a Python thread. A warp here has 4 lanes, not 32: a block of 8 threads then has two warps and small inputs cross
+warp, block and tile edges. Nothing here is used on a GPU.
+"""
+
+import os
+import threading
+
+from numba import cuda as numba_cuda
+from numba.cuda.simulator import kernel as _kernel
+
+WARP = int(os.environ.get("FASTBN_CUDASIM_WARP", "4"))
+_PATIENCE = 60.0  # seconds until a lane that waits for one that died gives up
+_lock = threading.Lock()
+
+
+def _warp():
+    """The barrier and the exchange slots of this thread's warp, and its lane."""
+    thread = threading.current_thread()
+    warps = thread._manager.__dict__.setdefault("_warps", {})
+    index = thread.thread_id // WARP
+    with _lock:
+        if index not in warps:
+            warps[index] = threading.Barrier(WARP), [None] * WARP
+    return warps[index], thread.thread_id % WARP
+
+
+class _Cuda:
+    """numba.cuda as a kernel sees it: the running kernel's context where one runs, else the simulator's module."""
+
+    def __getattr__(self, name):
+        context = _kernel._get_kernel_context()
+        return getattr(numba_cuda if context is None else context, name)
+
+    @staticmethod
+    def shfl_down_sync(mask, value, delta):
+        """The value of lane + delta; one's own beyond the warp's end."""
+        (barrier, slots), lane = _warp()
+        slots[lane] = value
+        barrier.wait(_PATIENCE)
+        result = slots[lane + delta] if lane + delta < WARP else value
+        barrier.wait(_PATIENCE)
+        return result
+
+
+cuda = _Cuda()

@@ -1,0 +1,135 @@
+"""What a thread does with the values in its registers: a tile of TILE elements, held in a local array that the compiler keeps there.
+
+Versions
+--------
+1. Welford, element by element: a division each, and each step waits for the one before.
+2. (here) the tile's mean, then its sum of squares around that mean, from registers; one merge a tile (Chan et al. 1983). Four
+   accumulators shorten the chains of additions and their rounding errors.
+
+Loops have constant bounds: they must unroll, or the tile would go to memory.
+"""
+
+from functools import lru_cache
+
+from numba import uint32
+
+from fastbn.kernels import formulas
+from fastbn.kernels.cuda.target import cuda, device
+
+# Elements that a thread reads before it uses them: 128 bytes of float32 in flight, and the bits of one word of the mask.
+TILE = 32
+
+merge = device(formulas.merge)
+exact_sum = device(formulas.exact_sum)
+
+
+@lru_cache(maxsize=None)
+def tile_moments(T):
+    """moments(tile, shift, scale, valid): mean and M2 of scale * tile - shift over its first `valid` elements; tile is overwritten.
+
+    Two functions: for a whole tile, and for one whose end is not valid.
+    """
+    share = T(1.0 / TILE)
+
+    @device
+    def whole(tile, shift, scale):
+        sums = cuda.local.array(4, T)
+        for k in range(4):
+            sums[k] = T(0)
+        for k in range(TILE):
+            tile[k] = tile[k] * scale - shift
+            sums[k % 4] += tile[k]
+        mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share
+        for k in range(4):
+            sums[k] = T(0)
+        for k in range(TILE):
+            deviation = tile[k] - mean
+            sums[k % 4] += deviation * deviation
+        return mean, (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+    @device
+    def some(tile, shift, scale, valid):
+        total = T(0)
+        for k in range(TILE):
+            tile[k] = tile[k] * scale - shift
+            if k < valid:
+                total += tile[k]
+        mean = total / T(valid)
+        m2 = T(0)
+        for k in range(TILE):
+            deviation = tile[k] - mean
+            if k < valid:
+                m2 += deviation * deviation
+        return mean, m2
+
+    return whole, some
+
+
+@lru_cache(maxsize=None)
+def tile_normalise(T, relu, residual):
+    """normalise(tile, k, added, hi, lo, scale, shift, word): y of element k in place, and its bit set in the mask's word.
+
+    A NaN passes the activation, and so does its gradient.
+    """
+
+    @device
+    def normalise(tile, k, added, hi, lo, scale, shift, word):
+        value = ((tile[k] - hi) - lo) * scale + shift
+        if residual:
+            value = value + added[k]
+        if relu:
+            if value <= T(0):
+                value = T(0)
+            else:
+                word |= uint32(1) << uint32(k % TILE)
+        tile[k] = value
+        return word
+
+    return normalise
+
+
+@lru_cache(maxsize=None)
+def tile_masked(T):
+    """masked(dy, word): the elements of dy whose bit in the mask's word is 0 become 0, in place."""
+
+    @device
+    def masked(dy, word):
+        for k in range(TILE):
+            if (word >> uint32(k)) & uint32(1) == uint32(0):
+                dy[k] = T(0)
+
+    return masked
+
+
+@lru_cache(maxsize=None)
+def tile_sums(T):
+    """sums(x, dy, hi, lo, invstd, valid): the sums of dy and of dy * xhat over the first `valid` elements of two tiles."""
+
+    @device
+    def sums(x, dy, hi, lo, invstd, valid):
+        a = cuda.local.array(4, T)
+        b = cuda.local.array(4, T)
+        for k in range(4):
+            a[k] = T(0)
+            b[k] = T(0)
+        for k in range(TILE):
+            if k < valid:
+                a[k % 4] += dy[k]
+                b[k % 4] += dy[k] * (((x[k] - hi) - lo) * invstd)
+        return (a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])
+
+    return sums
+
+
+@lru_cache(maxsize=None)
+def tile_gradient(T, frozen):
+    """gradient(x, dy, k, ...): dx of element k, in place of dy."""
+
+    @device
+    def gradient(x, dy, k, hi, lo, invstd, a, b, c):
+        if frozen:
+            dy[k] = a * dy[k]
+        else:
+            dy[k] = a * dy[k] + (b * (((x[k] - hi) - lo) * invstd) + c)
+
+    return gradient

@@ -1,0 +1,130 @@
+"""Every GPU kernel variant: what it is built from, the types of its arguments, and one compilation each.
+
+An argument of one name has one type in every kernel, so signatures follow from the parameter lists. Features (`relu`, `residual`,
+`frozen`) are constants that a kernel is built with: the compiler drops what is off. Absent per-channel arrays are empty, absent tensors
+are not read.
+"""
+
+import inspect
+import itertools
+import threading
+from dataclasses import dataclass
+
+from numba import float32, float64, int32, int64, types, uint32
+
+from fastbn.kernels.cuda import channels, columns, columns_backward, persistent, planes, planes_backward
+from fastbn.kernels.cuda.plan import Sizes
+from fastbn.kernels.cuda.target import kernel as compile_kernel
+from fastbn.kernels.cuda.vectors import KINDS
+
+FACTORIES = {
+    "stats_planes": planes.stats_planes,
+    "normalise_planes": planes.normalise_planes,
+    "reduce_planes": planes_backward.reduce_planes,
+    "apply_planes": planes_backward.apply_planes,
+    "forward_planes": persistent.forward_planes,
+    "backward_planes": persistent.backward_planes,
+    "stats_columns": columns.stats_columns,
+    "normalise_columns": columns.normalise_columns,
+    "reduce_columns": columns_backward.reduce_columns,
+    "apply_columns": columns_backward.apply_columns,
+    "given_channels": lambda kind: channels.given_channels,
+}
+FLAGS = ("relu", "residual", "frozen")
+PARAMETER_TYPES = {"float32": float32, "float64": float64}
+TENSORS = ("x", "y", "dy", "dx", "residual_x", "dresidual")
+PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
+RUNNING = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel: its name, data type, the options its factory takes, the types of parameters and running statistics, block size."""
+
+    name: str
+    dtype: str
+    options: tuple[tuple[str, object], ...]
+    threads: int
+    parameters: str = "float32"
+    running: str = "float32"
+
+    @property
+    def label(self):
+        """A file name: stats_planes-float32-lanes4."""
+        parts = [f"{k}{int(v)}" if not isinstance(v, bool) else k for k, v in self.options if v is not False]
+        types_ = [] if (self.parameters, self.running) == ("float32", "float32") else [self.parameters, self.running]
+        return "-".join([self.name, self.dtype, *parts, *types_])
+
+    def function(self):
+        """The kernel as a Python function."""
+        return FACTORIES[self.name](KINDS[self.dtype], **dict(self.options))
+
+    def signature(self):
+        """The Numba types of its arguments."""
+        kind = KINDS[self.dtype]
+
+        def vector(element):
+            return types.Array(element, 1, "C")
+
+        by_name = {
+            "mask": vector(uint32),
+            "counters": vector(int32),
+            "coefs": vector(kind.compute),
+            "grad_coefs": vector(kind.compute),
+            **dict.fromkeys(("table", "grads", "partials"), vector(float64)),
+            **dict.fromkeys(TENSORS, vector(kind.storage)),
+            **dict.fromkeys(PARAMETERS, vector(PARAMETER_TYPES[self.parameters])),
+            **dict.fromkeys(RUNNING, vector(PARAMETER_TYPES[self.running])),
+            **dict.fromkeys(("momentum", "eps", "correction"), float64),
+        }
+        return tuple(by_name.get(name, int64) for name in inspect.signature(self.function()).parameters)
+
+
+_compiled = {}
+_lock = threading.Lock()
+
+
+def compiled(variant):
+    """The launchable kernel of a variant, compiled on first use (0.5 to 2 s on a GPU machine)."""
+    if variant not in _compiled:
+        with _lock:
+            if variant not in _compiled:
+                _compiled[variant] = compile_kernel(variant.function(), variant.signature(), variant.threads)
+    return _compiled[variant]
+
+
+def _combinations(names):
+    for values in itertools.product((False, True), repeat=len(names)):
+        yield tuple(zip(names, values, strict=True))
+
+
+def all_variants(sizes=Sizes()):  # noqa: B008 (frozen)
+    """Every variant that the planner can ask for with float32 parameters (float64 for float64 data), in a fixed order."""
+    for dtype, kind in KINDS.items():
+        parameters = "float64" if dtype == "float64" else "float32"
+        common = dict(dtype=dtype, parameters=parameters, running=parameters)
+        yield Variant(name="given_channels", options=(), threads=sizes.threads, **common)
+        for lanes in (1, kind.lanes):
+            wide = sizes.wide * (2 if lanes == 1 else 1)
+            shapes = {
+                "planes": ((("lanes", lanes),), sizes.threads),
+                "columns": ((("lanes", lanes), ("threads", sizes.threads), ("wide", wide)), sizes.threads),
+            }
+            for family, (shape, threads) in shapes.items():
+                for verb, flags in (
+                    ("stats", ()),
+                    ("normalise", ("relu", "residual")),
+                    ("reduce", ("relu",)),
+                    ("apply", ("relu", "residual", "frozen")),
+                ):
+                    for chosen in _combinations(flags):
+                        yield Variant(name=f"{verb}_{family}", options=shape + chosen, threads=threads, **common)
+            for held in sizes.persistent:
+                if dtype == "float64":
+                    continue
+                for verb, each in (("forward", held), ("backward", held // 2)):
+                    for chosen in _combinations(("relu", "residual")):
+                        options = (("lanes", lanes), ("held", each), *chosen)
+                        yield Variant(
+                            name=f"{verb}_planes", options=options, threads=sizes.persistent_threads, **common
+                        )

@@ -1,0 +1,39 @@
+"""The formulas of batch normalisation, once, as plain scalar functions that each backend compiles for itself.
+
+They take and return Python, Numba CPU or CUDA scalars and know nothing of arrays or threads.
+
+References
+----------
+Chan, Golub and LeVeque (1983), "Algorithms for Computing the Sample Variance", The American Statistician 37(3), eq. 1.5.
+Ioffe and Szegedy (2015), "Batch Normalization", arXiv:1502.03167: algorithm 1 and the gradients below it.
+Knuth (1969), TAOCP 2, section 4.2.2, theorem B (the error of a floating-point sum).
+"""
+
+
+def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
+    """Count, mean and sum of squared deviations of two samples together (Chan et al. 1983, eq. 1.5). Not both may be empty."""
+    n = n_a + n_b
+    delta = mean_b - mean_a
+    share = n_b / n
+    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
+
+
+def exact_sum(a, b):
+    """a + b and the rounding error of that sum, exactly (Knuth 1969)."""
+    total = a + b
+    from_b = total - a
+    return total, (a - (total - from_b)) + (b - from_b)
+
+
+def backward_coefficients(gamma, invstd, sum_dy, sum_dy_xmu, count):
+    """(a, b, c) of dx = a * dy + b * (x - mean) + c, where sum_dy_xmu is the sum of dy * (x - mean).
+
+    Ioffe and Szegedy (2015) with their three gradients with respect to x, the variance and the mean collected.
+    """
+    a = gamma * invstd
+    return a, -a * invstd * invstd * sum_dy_xmu / count, -a * sum_dy / count
+
+
+def running_average(old, new, momentum):
+    """(1 - momentum) * old + momentum * new."""
+    return (1.0 - momentum) * old + momentum * new

@@ -1,0 +1,343 @@
+"""Forward kernels for planes: channels first, each (n, c) a contiguous run of S values. Twin: kernels/cuda/planes.py.
+
+Versions, 32x64x112x112 float32 training forward on 2 threads of an AVX-512 machine, as a multiple of a streaming copy's time:
+
+1. statistics sweep, then normalising sweep over the whole tensor: reads x twice from memory, and y before writing it;
+2. channel by channel: a channel fits L2, so the second sweep reads the cache;
+3. streaming stores: y is no longer read before it is written;
+4. `forward_planes`, the fused sweep: one loop normalises channel c out of the cache and gathers the moments of a channel ahead
+   from memory, so that reads and streaming writes overlap as in a copy;
+5. groups of channels, so that short planes form runs long enough for the hardware prefetcher.
+
+A tensor is a tuple (pointer, stride of n, stride of c), in elements. A `table` row holds one float64 per channel. Optional
+arguments are None or present, and Numba compiles one variant for each choice: no branch is left in the loops.
+
+Moments are gathered around a shift K that is a value of the channel, so that nothing cancels, in float64; a block of a few
+hundred thousand values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983).
+"""
+
+from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel
+from fastbn.kernels.simd import (
+    LANES,
+    address,
+    bits_above_zero,
+    centre,
+    fence,
+    keep,
+    lanes_to_boundary,
+    load,
+    load_some,
+    moved,
+    only,
+    put_bits,
+    splat,
+    store,
+    store_some,
+    stream,
+    sum_lanes,
+)
+from fastbn.kernels.variants import inline
+
+# Columns of a scratch row: three vectors of accumulators, then scalars.
+SUM, SQUARE, WEIGHT = 0, LANES, 2 * LANES
+SHIFT, COUNT, AVERAGE, M2 = range(3 * LANES, 3 * LANES + 4)
+SCRATCH = 4 * LANES
+
+
+@inline
+def plane(tensor, n, c):
+    """The pointer to plane (n, c)."""
+    return moved(tensor[0], n * tensor[1] + c * tensor[2])
+
+
+@inline
+def plane_or_none(tensor, n, c):
+    return None if tensor is None else plane(tensor, n, c)
+
+
+# ---------------------------------------------------------------------------------------------------- moments of a plane
+
+
+@inline
+def add_value(sums, e, w):
+    """Add sixteen deviations e to (sum, sum of squares, sum of weights). Where the weight is 0, e may be NaN."""
+    s, q, t = sums
+    if w is None:
+        return s + e, q + e * e, t
+    e = only(e, bits_above_zero(w))
+    we = w * e
+    return s + we, q + we * e, t + w
+
+
+@inline
+def gather(xp, wp, j, shift, sums):
+    e = load(xp, j) - shift
+    return add_value(sums, e, None if wp is None else load(wp, j))
+
+
+@inline
+def gather_some(xp, wp, j, n, shift, sums):
+    e = keep(load_some(xp, j, n) - shift, n)
+    return add_value(sums, e, None if wp is None else load_some(wp, j, n))
+
+
+@inline
+def gather_plane(xp, wp, start, stop, shift, sums):
+    """Moments of xp[start:stop] around shift."""
+    k = splat(shift)
+    j = start
+    while j + LANES <= stop:
+        sums = gather(xp, wp, j, k, sums)
+        j += LANES
+    if j < stop:
+        sums = gather_some(xp, wp, j, stop - j, k, sums)
+    return sums
+
+
+@inline
+def open_channel(scratch, row, shift):
+    """Start a channel: nothing gathered yet."""
+    at = address(scratch)
+    for k in range(0, 3 * LANES, LANES):
+        store(at, row * SCRATCH + k, splat(0.0))
+    scratch[row, SHIFT] = shift
+    scratch[row, COUNT] = 0.0
+    scratch[row, AVERAGE] = 0.0
+    scratch[row, M2] = 0.0
+
+
+@inline
+def load_sums(scratch, row):
+    at = address(scratch)
+    base = row * SCRATCH
+    return load(at, base + SUM), load(at, base + SQUARE), load(at, base + WEIGHT)
+
+
+@inline
+def save_sums(scratch, row, sums):
+    at = address(scratch)
+    base = row * SCRATCH
+    store(at, base + SUM, sums[0])
+    store(at, base + SQUARE, sums[1])
+    store(at, base + WEIGHT, sums[2])
+
+
+@inline
+def block_moments(sums, count):
+    """Count, mean (relative to the shift) and M2 of what `sums` gathered."""
+    return moments_of_sums(sum_lanes(sums[0]), sum_lanes(sums[1]), count)
+
+
+@inline
+def close_block(scratch, row, weighted, elements):
+    """Merge the open block into the channel and start the next."""
+    sums = load_sums(scratch, row)
+    count = float(elements) if weighted is None else sum_lanes(sums[2])
+    n, d, m2 = block_moments(sums, count)
+    if n > 0.0:
+        n, d, m2 = merge(scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], n, d, m2)
+        scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2] = n, d, m2
+    zero = splat(0.0)
+    save_sums(scratch, row, (zero, zero, zero))
+
+
+# ------------------------------------------------------------------------------------------------- output of a plane
+
+
+@inline
+def push_bits(mp, carry, j, bits, n):
+    """Append n bits at position j of a plane's mask: a word is written when it is full, the rest is carried on."""
+    carry |= bits << (j & 15)
+    if (j & 15) + n >= LANES:
+        put_bits(mp, j >> 4, carry)
+        carry >>= LANES
+    return carry
+
+
+@inline
+def activate(v, relu, mp, carry, j, n):
+    """ReLU that lets NaN through, and its mask where the backward needs one."""
+    if relu is not None:
+        bits = bits_above_zero(v)
+        v = only(v, bits)
+        if mp is not None:
+            if n < LANES:
+                bits &= (1 << n) - 1
+            carry = push_bits(mp, carry, j, bits, n)
+    return v, carry
+
+
+@inline
+def normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry):
+    """y[j:j+16] = activation((x - mean) * scale + beta + residual)."""
+    mean, low, scale, bias = channel
+    v = centre(xp, load(xp, j), mean, low) * scale + bias
+    if rp is not None:
+        v += load(rp, j)
+    v, carry = activate(v, relu, mp, carry, j, LANES)
+    if streamed:
+        stream(yp, j, v)
+    else:
+        store(yp, j, v)
+    return carry
+
+
+@inline
+def normalise_some(xp, yp, rp, mp, relu, j, n, channel, carry):
+    mean, low, scale, bias = channel
+    v = centre(xp, load_some(xp, j, n), mean, low) * scale + bias
+    if rp is not None:
+        v += load_some(rp, j, n)
+    v, carry = activate(v, relu, mp, carry, j, n)
+    store_some(yp, j, v, n)
+    return carry
+
+
+@inline
+def flush_bits(mp, carry, stop):
+    if mp is not None and stop & 15:
+        put_bits(mp, stop >> 4, carry)
+
+
+@inline
+def channel_vectors(table, c):
+    return splat(table[MEAN, c]), splat(table[LOW, c]), splat(table[SCALE, c]), splat(table[BETA, c])
+
+
+@inline
+def head_of(yp, start, stop, streamed):
+    """How many values come before the first that may be streamed."""
+    return min(lanes_to_boundary(moved(yp, start)), stop - start) if streamed else 0
+
+
+@inline
+def normalise_plane(xp, yp, rp, mp, relu, start, stop, channel, streamed):
+    """One plane, or the part start..stop of it (start a multiple of 16 where there is a mask)."""
+    carry = 0 * bits_above_zero(channel[0])  # uint64 zero
+    j = start
+    head = head_of(yp, start, stop, streamed)
+    if head > 0:
+        carry = normalise_some(xp, yp, rp, mp, relu, j, head, channel, carry)
+        j += head
+    while j + LANES <= stop:
+        carry = normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry)
+        j += LANES
+    if j < stop:
+        carry = normalise_some(xp, yp, rp, mp, relu, j, stop - j, channel, carry)
+    flush_bits(mp, carry, stop)
+
+
+@inline
+def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, wp, shift, sums, S):
+    """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
+    carry = 0 * bits_above_zero(channel[0])
+    k = splat(shift)
+    head = head_of(yp, 0, S, streamed)
+    if head > 0:
+        carry = normalise_some(xp, yp, rp, mp, relu, 0, head, channel, carry)
+    i = 0
+    j = head
+    while j + LANES <= S:
+        sums = gather(ahead, wp, i, k, sums)
+        carry = normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry)
+        i += LANES
+        j += LANES
+    if j < S:
+        carry = normalise_some(xp, yp, rp, mp, relu, j, S - j, channel, carry)
+    flush_bits(mp, carry, S)
+    # The gathering loop starts at 0 whatever y's alignment: the bits of the sums depend on the shape alone.
+    if i + LANES <= S:
+        sums = gather(ahead, wp, i, k, sums)
+        i += LANES
+    if i < S:
+        sums = gather_some(ahead, wp, i, S - i, k, sums)
+    return sums
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+def forward_planes(
+    x, y, residual, weight, mask, relu, N, S, table, eps, points, scratch, thread, first, last, group, planes_a_block, streamed
+):
+    """Training forward of the channels first..last: y, and the rows MEAN to SCALE of the table.
+
+    The group of channels at hand is normalised while the next group is gathered.
+    """
+    scratch = scratch[thread]
+    # moments of the first group
+    for c in range(first, min(first + group, last)):
+        open_channel(scratch, c - first, shift_of_channel(x, c, points))
+    for n in range(N):
+        wp = plane_or_none(weight, n, 0)
+        for c in range(first, min(first + group, last)):
+            row = c - first
+            sums = gather_plane(plane(x, n, c), wp, 0, S, scratch[row, SHIFT], load_sums(scratch, row))
+            save_sums(scratch, row, sums)
+            if (n + 1) % planes_a_block == 0 or n + 1 == N:
+                close_block(scratch, row, wp, (n % planes_a_block + 1) * S)
+
+    for start in range(first, last, group):
+        stop = min(start + group, last)
+        # from moments to the table
+        for c in range(start, stop):
+            row = c - start
+            finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
+            if c + group < last:
+                open_channel(scratch, row, shift_of_channel(x, c + group, points))
+        # y of this group, moments of the next
+        for n in range(N):
+            wp = plane_or_none(weight, n, 0)
+            for c in range(start, stop):
+                channel = channel_vectors(table, c)
+                xp, yp = plane(x, n, c), plane(y, n, c)
+                rp, mp = plane_or_none(residual, n, c), plane_or_none(mask, n, c)
+                if c + group < last:
+                    row = c - start
+                    ahead, shift = plane(x, n, c + group), scratch[row, SHIFT]
+                    sums = load_sums(scratch, row)
+                    sums = normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, wp, shift, sums, S)
+                    save_sums(scratch, row, sums)
+                    if (n + 1) % planes_a_block == 0 or n + 1 == N:
+                        close_block(scratch, row, wp, (n % planes_a_block + 1) * S)
+                else:
+                    normalise_plane(xp, yp, rp, mp, relu, 0, S, channel, streamed)
+    if streamed:
+        fence()
+
+
+def stats_planes(x, weight, N, S, partial, points, first, last, planes_a_block, segment):
+    """Moments of blocks first..last; block = channel * blocks + k. A row of partial is (count, mean - shift, M2, shift).
+
+    A block is `planes_a_block` whole planes, or, where a plane is longer than `segment`, one segment of a plane.
+    """
+    segments = (S + segment - 1) // segment
+    blocks = partial.shape[1]
+    for task in range(first, last):
+        c, b = task // blocks, task % blocks
+        shift = shift_of_channel(x, c, points)
+        zero = splat(0.0)
+        sums = (zero, zero, zero)
+        start = (b % segments) * segment
+        stop = min(start + segment, S)
+        n_first = b // segments * planes_a_block
+        n_last = min(n_first + planes_a_block, N)
+        for n in range(n_first, n_last):
+            sums = gather_plane(plane(x, n, c), plane_or_none(weight, n, 0), start, stop, shift, sums)
+        count = float((n_last - n_first) * (stop - start)) if weight is None else sum_lanes(sums[2])
+        partial[c, b, 0], partial[c, b, 1], partial[c, b, 2] = block_moments(sums, count)
+        partial[c, b, 3] = shift
+
+
+def normalise_planes(x, y, residual, mask, relu, C, S, table, first, last, segment, streamed):
+    """y from the rows MEAN, LOW, SCALE and BETA of the table, for segments first..last; segments are counted in memory order."""
+    segments = (S + segment - 1) // segment
+    for task in range(first, last):
+        start = (task % segments) * segment
+        stop = min(start + segment, S)
+        c = task // segments % C
+        n = task // segments // C
+        rp, mp = plane_or_none(residual, n, c), plane_or_none(mask, n, c)
+        normalise_plane(plane(x, n, c), plane(y, n, c), rp, mp, relu, start, stop, channel_vectors(table, c), streamed)
+    if streamed:
+        fence()

@@ -1,0 +1,78 @@
+"""From a kernel written in Python to machine code: which type an argument's name stands for, and one compilation a variant.
+
+An argument of one name has one type in every kernel, so signatures follow from the parameter lists. A variant is a dtype and
+the optional arguments that are present; the absent ones are of type None, which lets Numba drop their branches.
+"""
+
+import inspect
+import threading
+
+from numba import njit, types
+
+from fastbn.kernels.cache import KernelCache
+from fastbn.kernels.simd import Pointer, bfloat16
+
+inline = njit(forceinline=True, nogil=True, error_model="numpy")
+
+DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
+OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual")
+
+
+def tensor(dtype):
+    """(pointer, stride of n or row, stride of c), in elements."""
+    return types.Tuple((Pointer(dtype), types.int64, types.int64))
+
+
+def argument_type(name, dtype, present):
+    """The Numba type of the argument called `name`."""
+    if name in OPTIONAL and name not in present:
+        return types.none
+    if name in ("x", "y", "dy", "dx", "residual", "dresidual"):
+        return tensor(DTYPES[dtype])
+    if name in ("running_mean", "running_var", "dgamma", "dbeta"):
+        return Pointer(DTYPES[dtype])
+    fixed = {
+        "weight": tensor(types.float64),
+        "mask": tensor(types.uint16),
+        "relu": types.boolean,
+        "streamed": types.boolean,
+        "frozen": types.boolean,
+        "force": types.boolean,
+        "limit": types.float64,
+        "table": types.float64[:, ::1],
+        "partial": types.float64[:, :, ::1],
+        "scratch": types.float64[:, :, ::1],
+        "points": types.UniTuple(types.int64, 3),
+        "eps": types.float64,
+        "momentum": types.float64,
+        "correction": types.float64,
+        "count": types.float64,
+        "grads": types.float64[:, ::1],
+    }
+    return fixed.get(name, types.int64)
+
+
+def signature(function, dtype, present):
+    """The types of a kernel's arguments in the variant."""
+    return tuple(argument_type(name, dtype, present) for name in inspect.signature(function).parameters)
+
+
+_lock = threading.Lock()
+_compiled = {}
+
+
+def compiled(function, dtype, present=()):
+    """The machine code of a variant as a Python callable, from memory, from disk, or compiled now.
+
+    The callable is Numba's entry point for the signature, without the dispatcher before it: it takes about 0.1 us, converts each
+    argument to the one type it may have (TypeError otherwise), and releases the GIL.
+    """
+    variant = (function, dtype, present)
+    if variant not in _compiled:
+        with _lock:
+            if variant not in _compiled:
+                types_ = signature(function, dtype, present)
+                dispatcher = njit(nogil=True, error_model="numpy")(function)
+                dispatcher._cache = KernelCache(function.__name__)
+                _compiled[variant] = dispatcher, dispatcher.compile(types_)
+    return _compiled[variant][1]
