@@ -22,9 +22,10 @@ EPS, MOMENTUM = 1e-5, 0.1
 NAMES = ("limit", "fastbn", "torch", "numba", "numpy")
 TITLES = {"limit": "limit", "fastbn": "fastbn", "torch": "PyTorch", "numba": "naive Numba", "numpy": "naive NumPy"}
 
-# fastbn is held to its contract. The peers compute in float32 and sum up to 400,000 terms: 1e-4 tells a wrong formula
-# from float32 rounding. In float64 everybody is good to 1e-9 on these harmless inputs.
-TOLERANCE = {"float32": {"fastbn": 1e-6, "peer": 1e-4}, "float64": {"fastbn": 1e-12, "peer": 1e-9}}
+# fastbn is held to its contract. The peers compute in float32, and naive NumPy sums up to 400,000 rows one after another in
+# it (off by 1.3e-4 on the largest): 1e-3 still tells a wrong formula from that. In float64 everybody is good to 1e-9 on
+# these harmless inputs.
+TOLERANCE = {"float32": {"fastbn": 1e-6, "peer": 1e-3}, "float64": {"fastbn": 1e-12, "peer": 1e-9}}
 
 
 class WrongResult(AssertionError):

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -58,8 +59,29 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def busy_elsewhere(seconds: float = 0.3) -> float | None:
+    """The share of all cores that other processes take while this one sleeps; None where /proc/stat does not say.
+
+    With both cores taken, whoever needs its threads at the same time (OpenMP's barriers) is measured tens of times too slow.
+    """
+
+    def used_and_total() -> tuple[int, int]:
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        used = user + nice + system + irq + softirq + steal
+        return used, used + idle + iowait
+
+    try:
+        time.sleep(0.05)  # OpenMP's workers of this process stop spinning
+        used, total = used_and_total()
+        time.sleep(seconds)
+        used_after, total_after = used_and_total()
+    except (OSError, ValueError):
+        return None
+    return round((used_after - used) / max(1, total_after - total), 2)
+
+
 def describe() -> dict:
-    """Hardware, versions, date and command of this run, as they go into every result file."""
+    """Hardware, versions, date, command and neighbours of this run, as they go into every result file."""
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -69,6 +91,7 @@ def describe() -> dict:
         "simd": _simd(),
         "caches": _caches(),
         "system": platform.system() + " " + platform.machine(),
+        "busy_elsewhere": busy_elsewhere(),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("fastbn", "numpy", "numba", "llvmlite", "torch")},

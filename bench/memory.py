@@ -7,8 +7,9 @@ Two ways of looking, since each is blind to something:
   everything, in pages of 4 KiB, with some noise from the allocator.
 
 Each case runs in its own process: x, y, dy and dx are touched, one forward + backward compiles and loads all that is needed,
-freed memory is handed back to the system (malloc_trim), and the next forward + backward is measured. The bar is judged
-by the larger of the two.
+freed memory is handed back to the system (malloc_trim), and the next forward + backward is measured. The bar, 1 % of x, is
+judged by the larger of the two. The goal, O(C), is judged by what tracemalloc sees at a quarter of the batch: it has to be
+the same within a tenth.
 """
 
 from __future__ import annotations
@@ -73,8 +74,11 @@ print(json.dumps({"bytes": x.nbytes, "traced": traced, "resident": resident}))
 
 
 def peak(name: str, threads: int) -> dict:
-    """Bytes of x, and the two peaks of one case; `resident` is None where the system does not tell."""
-    return {"case": name, **child(PEAK, json.dumps(SHAPES[name]), str(threads))}
+    """Bytes of x and the two peaks of one case; `resident` is None where the system does not tell."""
+    shape, axis, dtype = SHAPES[name]
+    quarter = (shape[0] // 4, *shape[1:])
+    fewer = child(PEAK, json.dumps((quarter, axis, dtype)), str(threads))
+    return {"case": name, **child(PEAK, json.dumps(SHAPES[name]), str(threads)), "traced_quarter": fewer["traced"]}
 
 
 def worst_share(row: dict) -> float:
@@ -86,9 +90,8 @@ def bars(rows: list[dict]) -> list[dict]:
     worst = max(rows, key=worst_share)
     share = worst_share(worst) * 100
     name = f"peak extra memory of forward + backward ({worst['case']}, worst)"
-    # The goal is O(C), which no single figure shows; a tenth of a per cent stands for it here.
-    met = {"bar_met": share <= 1, "goal_met": share <= 0.1}
-    return [{"name": name, "sign": "at most", "value": share, "bar": 1.0, "goal": 0.1, "unit": " % of x", **met}]
+    met = {"bar_met": share <= 1, "goal_met": share <= 1 and all(r["traced"] <= 1.1 * r["traced_quarter"] for r in rows)}
+    return [{"name": name, "sign": "at most", "value": share, "bar": 1.0, "goal": "O(C)", "unit": " % of x", **met}]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         machine.save("memory", {"threads": args.threads, "rows": rows, "bars": bars(rows)}, Path(args.save))
     for r in rows:
         resident = "unknown" if r["resident"] is None else f"{r['resident'] / 1e6:.2f} MB"
-        traced = f"{r['traced'] / 1e6:.3f} MB"
-        print(f"{r['case']}: x {r['bytes'] / 1e6:.1f} MB; extra: NumPy {traced}, resident {resident}")
+        traced = f"{r['traced'] / 1e6:.3f} MB ({r['traced_quarter'] / 1e6:.3f} MB at a quarter of the batch)"
+        print(f"{r['case']}: x {r['bytes'] / 1e6:.1f} MB; extra: NumPy's {traced}, resident {resident}")
 
 
 if __name__ == "__main__":

@@ -88,13 +88,13 @@ def bars(records: list[dict]) -> list[dict]:
 
 
 def bars_table(lines: list[dict]) -> str:
-    """The bars as Markdown; each line of `lines` as `bars` gives them, with an optional unit."""
+    """The bars as Markdown; each line of `lines` as `bars` gives them, with an optional unit. A goal may be a word."""
     out = ["| | measured | bar | goal | |", "|---|--:|--:|--:|---|"]
     for line in lines:
         unit = line.get("unit", "")
         verdict = "goal met" if line["goal_met"] else "bar met" if line["bar_met"] else "**missed**"
         count = f" ({line['cases']} case{'s' * (line['cases'] != 1)})" if "cases" in line else ""
-        marks = (f"{line['sign']} {line[k]:.3g}{unit}" for k in ("bar", "goal"))
+        marks = [m if isinstance(m, str) else f"{line['sign']} {m:.3g}{unit}" for m in (line["bar"], line["goal"])]
         out.append(f"| {line['name']}{count} | {line['value']:.3g}{unit} | {' | '.join(marks)} | {verdict} |")
     return "\n".join(out)
 

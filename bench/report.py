@@ -24,6 +24,7 @@ from timing import readable_time
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BUSY = 0.15  # of all cores: above this the results say so
 STEPS = (
     ("paired.py", "--op", "forward"),
     ("paired.py", "--op", "backward"),
@@ -55,6 +56,11 @@ def measure(folder: Path, quick: bool) -> None:
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{' '.join(step)} failed; nothing was written to README.md")
         print(f"   {time.perf_counter() - begin:.0f} s\n", file=sys.stderr, flush=True)
+
+
+def busiest(results: dict[str, dict]) -> float:
+    """The largest share of the cores that other processes took at the end of a step; 0 where it is not known."""
+    return max((body["machine"].get("busy_elsewhere") or 0 for body in results.values()), default=0)
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -109,15 +115,19 @@ def readme_table(results: dict[str, dict]) -> str:
         f"{readable_time(first['cached'])} from the disk cache. "
         f"`import fastbn` adds {readable_time(results['startup']['import'])} to `import numpy`.",
         "",
-        hardware_line(here),
+        hardware_line(results),
     ]
     return "\n".join(lines)
 
 
-def hardware_line(here: dict) -> str:
+def hardware_line(results: dict[str, dict]) -> str:
+    """Hardware, versions and date; and, where it was so, that the machine was not idle."""
+    here, busy = results["forward"]["machine"], busiest(results)
     caches = ", ".join(f"{level} {size}" for level, size in here["caches"].items())
     versions = ", ".join(f"{name} {v}" for name, v in here["versions"].items() if v != "not installed")
-    return f"{here['cpu']}, {here['cores']} cores, {here['simd']} ({caches}); {versions}; {here['date']}."
+    return f"{here['cpu']}, {here['cores']} cores, {here['simd']} ({caches}); {versions}; {here['date']}." + (
+        f" Measured while other processes took up to {busy:.0%} of the cores: not to be relied on." if busy > BUSY else ""
+    )
 
 
 def replace_between(text: str, table: str, name: str = "README.md") -> str:
@@ -143,7 +153,7 @@ def all_bars(results: dict[str, dict]) -> list[dict]:
 
 def summary(results: dict[str, dict]) -> str:
     """bench/results/summary.md: the bars, then every case."""
-    parts = ["# Results", hardware_line(results["forward"]["machine"]), "## Bars and goals"]
+    parts = ["# Results", hardware_line(results), "## Bars and goals"]
     parts += [
         "Geometric means over the cases named in `bench/shapes.py`. oneDNN is not measured.",
         paired.bars_table(all_bars(results)),
@@ -154,10 +164,11 @@ def summary(results: dict[str, dict]) -> str:
     for r in results["overhead"]["rows"]:
         other = f"{readable_time(r['torch'])} | {r['ratio']:.2f}" if "torch" in r else "not installed | "
         small.append(f"| {r['op']} | {readable_time(r['fastbn'])} | {other} |")
-    extra = ["| extra memory, forward + backward | x | NumPy's | resident |", "|---|--:|--:|--:|"]
+    extra = ["| extra memory, forward + backward | x | NumPy's | at N / 4 | resident |", "|---|" + "--:|" * 4]
     for r in results["memory"]["rows"]:
         resident = "unknown" if r["resident"] is None else f"{r['resident'] / 1e6:.2f} MB"
-        extra.append(f"| {r['case']} | {r['bytes'] / 1e6:.1f} MB | {r['traced'] / 1e6:.3f} MB | {resident} |")
+        quarter = f"{r['traced_quarter'] / 1e6:.3f} MB"
+        extra.append(f"| {r['case']} | {r['bytes'] / 1e6:.1f} MB | {r['traced'] / 1e6:.3f} MB | {quarter} | {resident} |")
     first = ["| first forward + backward | cold | from the cache | numba's import in it | afterwards |", "|---|" + "--:|" * 4]
     for r in results["startup"]["first"]:
         times = (readable_time(r[k]) for k in ("cold", "cached", "numba_import", "afterwards"))
@@ -189,7 +200,7 @@ def write(folder: Path, readme: Path | None) -> None:
         readme.write_text(replace_between(readme.read_text(), readme_table(results), readme.name))
     text = summary(results)
     (folder / "summary.md").write_text(text)
-    caption = hardware_line(results["forward"]["machine"])
+    caption = hardware_line(results)
     plots.bandwidth(all_records(results), caption, folder / "bandwidth.png")
     plots.scaling(results["scaling"]["points"], caption, folder / "scaling.png")
     print(text)
@@ -202,7 +213,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = machine.RESULTS / "quick" if args.quick else machine.RESULTS
     if not args.quick:
-        replace_between(README.read_text(), "")  # before ten minutes of measuring
+        try:  # now, not after ten minutes of measuring
+            replace_between(README.read_text(), "")
+        except (OSError, ValueError) as error:
+            raise SystemExit(str(error)) from None
     if not args.collect:
         measure(folder, args.quick)
     write(folder, None if args.quick else README)

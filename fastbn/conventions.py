@@ -136,9 +136,7 @@ def recognise(state_dict: Mapping[str, Any]) -> tuple[Convention, dict[str, Any]
     raise ValueError(f"the keys {sorted(values)} belong to no known convention. Known are {known}")
 
 
-def read_state(
-    state_dict: Mapping[str, Any], fields: Collection[str], num_features: int
-) -> tuple[Convention, dict[str, Any]]:
+def read_state(state_dict: Mapping[str, Any], fields: Collection[str], num_features: int) -> tuple[Convention, dict[str, Any]]:
     """Recognise `state_dict`, check all of it against a layer's state, and convert it.
 
     Parameters

@@ -60,10 +60,9 @@ def fold_batch_norm(
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from fastbn.folding import fold_batch_norm
+    >>> import numpy as np, fastbn
     >>> weight, mean, var = np.ones((2, 3)), np.array([1.0, 2.0]), np.array([4.0, 0.25])
-    >>> w, b = fold_batch_norm(weight, None, None, None, mean, var, eps=1e-12)
+    >>> w, b = fastbn.fold_batch_norm(weight, None, None, None, mean, var, eps=1e-12)
     >>> w.round(6).tolist(), b.round(6).tolist()
     ([[0.5, 0.5, 0.5], [2.0, 2.0, 2.0]], [-0.5, -4.0])
     """
@@ -71,9 +70,7 @@ def fold_batch_norm(
     if not isinstance(weight, xp.ndarray) or isinstance(weight, np.ma.MaskedArray):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a NumPy or CuPy array: np.asarray(weight)")
     if weight.dtype.name not in FLOATING:
-        raise TypeError(
-            f"weight has dtype {weight.dtype}; it must be one of {', '.join(FLOATING)}: weight.astype('float32')"
-        )
+        raise TypeError(f"weight has dtype {weight.dtype}; it must be one of {', '.join(FLOATING)}: weight.astype('float32')")
     axis = operator.index(axis)
     if not -weight.ndim <= axis < weight.ndim:
         raise ValueError(f"axis is {axis}; weight of shape {weight.shape} has axes {-weight.ndim} to {weight.ndim - 1}")

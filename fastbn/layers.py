@@ -61,9 +61,8 @@ class BatchNorm:
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from fastbn.layers import BatchNorm
-    >>> bn = BatchNorm(3, activation="relu")
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(3, activation="relu")
     >>> x = np.random.default_rng(0).normal(5, 2, (8, 3, 4, 4)).astype(np.float32)
     >>> y = bn(x)
     >>> dx = bn.backward(np.ones_like(y))
@@ -125,8 +124,8 @@ class BatchNorm:
 
         Examples
         --------
-        >>> from fastbn.layers import BatchNorm
-        >>> bn = BatchNorm.like("keras", 64, axis=-1)
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm.like("keras", 64, axis=-1)
         >>> bn.eps, bn.momentum, bn.unbiased, list(bn.state_dict())
         (0.001, 0.01, False, ['gamma', 'beta', 'moving_mean', 'moving_variance'])
         """
@@ -164,18 +163,15 @@ class BatchNorm:
         self._check_features(x)
         training = self.training or self.running_mean is None
         update = self.training and update_stats and self.running_mean is not None
-        keeps_statistics = update or not training  # what is neither read nor written is not handed over
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1.0 / (self.num_batches_tracked + 1)
+        # Running statistics that are neither read nor written are not handed over.
+        running = (self.running_mean, self.running_var) if update or not training else (None, None)
         y, self.ctx = functional.batch_norm_forward(
             x,
             self.gamma,
             self.beta,
-            self.running_mean if keeps_statistics else None,
-            self.running_var if keeps_statistics else None,
+            *running,
             training=training,
-            momentum=momentum,
+            momentum=1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum,
             eps=self.eps,
             axis=self.axis,
             unbiased=self.unbiased,
@@ -235,9 +231,8 @@ class BatchNorm:
     def state_dict(self, convention: str | None = None) -> dict[str, Array]:
         """Copies of parameters and running statistics, named as a framework names them: `load_state_dict` reads them.
 
-        The names are those of `convention` ("torch", "keras", "flax", "chainer", "onnx"), by default the layer's own:
-        "torch", or what `like` was given. The arrays are on the layer's device; the batch counter, which Keras, Flax and
-        ONNX lack, is a 0-d int64 NumPy array.
+        The names are those of `convention` ("torch", "keras", "flax", "chainer", "onnx"), by default the layer's own: "torch", or
+        what `like` was given. The batch counter, which Keras, Flax and ONNX lack, is a 0-d int64 NumPy array.
         """
         return write_state(self.convention if convention is None else convention, self._state())
 
@@ -288,15 +283,13 @@ class BatchNorm:
         Raises
         ------
         ValueError, ImportError
-            For fewer than two values per channel in all, another number of channels, a layer without running
-            statistics, or a missing tqdm. Nothing has been written then. A channel whose statistics are not finite
-            keeps its running values (RuntimeWarning).
+            For fewer than two values per channel in all, another number of channels, a layer without running statistics, or a
+            missing tqdm; nothing is written. A channel of non-finite statistics keeps its running values (RuntimeWarning).
 
         Examples
         --------
-        >>> import numpy as np
-        >>> from fastbn.layers import BatchNorm
-        >>> bn = BatchNorm(1).recalibrate([np.array([[1.0], [2.0], [3.0]]), np.array([[6.0]])])
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(1).recalibrate([np.array([[1.0], [2.0], [3.0]]), np.array([[6.0]])])
         >>> bn.running_mean.tolist(), round(float(bn.running_var[0]), 4)
         ([3.0], 4.6667)
         """
@@ -319,13 +312,9 @@ class BatchNorm:
             mean, var = total.mean.astype(self.dtype), total.var(ddof=int(self.unbiased)).astype(self.dtype)
         usable = (abs(mean) < np.inf) & (var < np.inf)
         if not bool(usable.all()):
-            channels = usable.shape[0] - int(usable.sum())
-            warnings.warn(
-                f"{channels} of {self.num_features} channels have statistics that are not finite in {self.dtype} and"
-                " keep their running values; look for NaN or inf in the batches",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            bad = f"{self.num_features - int(usable.sum())} of {self.num_features} channels"
+            hint = f"have statistics that are not finite in {self.dtype} and keep their running values; look for NaN or inf"
+            warnings.warn(f"{bad} {hint}", RuntimeWarning, stacklevel=2)
         self.running_mean[usable] = mean[usable]
         self.running_var[usable] = var[usable]
         self.num_batches_tracked = count

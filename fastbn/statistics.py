@@ -83,8 +83,7 @@ class Moments:
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from fastbn.statistics import Moments
+    >>> from fastbn import Moments
     >>> a = Moments(count=2, mean=[1.0, 10.0], m2=[2.0, 0.0])   # channel 0 saw 0 and 2, channel 1 saw 10 and 10
     >>> b = Moments(count=1, mean=[4.0, 10.0], m2=[0.0, 0.0])   # then 4, and 10
     >>> both = a + b

@@ -23,7 +23,6 @@ from fastbn.kernels.planes import activate, add_value, flush_bits
 from fastbn.kernels.simd import (
     LANES,
     address,
-    bits_above_zero,
     centre,
     fence,
     get,
@@ -32,6 +31,9 @@ from fastbn.kernels.simd import (
     load,
     load_some,
     moved,
+    pointer_of,
+    provided,
+    row_stride,
     splat,
     store,
     store_some,
@@ -51,13 +53,8 @@ WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
 
 @inline
 def row(tensor, r, column):
-    """The pointer to element (r, column)."""
-    return moved(tensor[0], r * tensor[1] + column)
-
-
-@inline
-def row_or_none(tensor, r, column):
-    return None if tensor is None else row(tensor, r, column)
+    """The pointer to element (r, column); None of None."""
+    return moved(pointer_of(tensor), r * row_stride(tensor) + column)
 
 
 @inline
@@ -118,9 +115,9 @@ def expand_weights(weight, scratch, to, first, last, S, width):
 
 @inline
 def weight_vector(weight, scratch, of, first, r, S, j):
-    if weight is None:
-        return None
-    return splat(get(row(weight, r, 0), 0)) if S == 1 else load(vectors(scratch, of + r - first), j)
+    if S == 1:
+        return splat(get(row(weight, r, 0), 0))
+    return load(provided(weight, vectors(scratch, of + r - first)), j)
 
 
 @inline
@@ -207,16 +204,15 @@ def normalise_column(x, y, residual, mask, relu, first, last, column, j, n, scra
     """Columns j..j+n (n <= 16) of rows first..last: their scales are loaded once."""
     mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
     scale, bias = load(vectors(scratch, SCALE_ROW), j), load(vectors(scratch, BIAS_ROW), j)
-    zero = 0 * bits_above_zero(mean)  # uint64
     for r in range(first, last):
         xp, yp = row(x, r, column), row(y, r, column)
-        mp = None if mask is None else row(mask, r, column >> 4)
+        mp = row(mask, r, column >> 4)
         v = load(xp, j) if n == LANES else load_some(xp, j, n)
         v = centre(xp, v, mean, low) * scale + bias
         if residual is not None:
             rp = row(residual, r, column)
             v += load(rp, j) if n == LANES else load_some(rp, j, n)
-        v, carry = activate(v, relu, mp, zero, j, n)
+        v, carry = activate(v, relu, mp, 0, j, n)
         if n < LANES:
             flush_bits(mp, carry, j + n)
             store_some(yp, j, v, n)

@@ -11,7 +11,6 @@ from fastbn.kernels.columns import (
     expand,
     expand_weights,
     row,
-    row_or_none,
     strip_of,
     vectors,
     weight_vector,
@@ -46,7 +45,7 @@ WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
 @inline
 def mask_row(mask, r, column):
     """Strips start at a multiple of 16 columns, so at a word of the row's mask."""
-    return None if mask is None else row(mask, r, column >> 4)
+    return row(mask, r, column >> 4)
 
 
 @inline

@@ -22,6 +22,7 @@ from fastbn.kernels.simd import (
     address,
     bits_above_zero,
     centre,
+    channel_stride,
     fence,
     keep,
     lanes_to_boundary,
@@ -29,7 +30,9 @@ from fastbn.kernels.simd import (
     load_some,
     moved,
     only,
+    pointer_of,
     put_bits,
+    row_stride,
     splat,
     store,
     store_some,
@@ -46,13 +49,8 @@ SCRATCH = 4 * LANES
 
 @inline
 def plane(tensor, n, c):
-    """The pointer to plane (n, c)."""
-    return moved(tensor[0], n * tensor[1] + c * tensor[2])
-
-
-@inline
-def plane_or_none(tensor, n, c):
-    return None if tensor is None else plane(tensor, n, c)
+    """The pointer to plane (n, c); None of None."""
+    return moved(pointer_of(tensor), n * row_stride(tensor) + c * channel_stride(tensor))
 
 
 # ---------------------------------------------------------------------------------------------------- moments of a plane
@@ -72,13 +70,13 @@ def add_value(sums, e, w):
 @inline
 def gather(xp, wp, j, shift, sums):
     e = load(xp, j) - shift
-    return add_value(sums, e, None if wp is None else load(wp, j))
+    return add_value(sums, e, load(wp, j))
 
 
 @inline
 def gather_some(xp, wp, j, n, shift, sums):
     e = keep(load_some(xp, j, n) - shift, n)
-    return add_value(sums, e, None if wp is None else load_some(wp, j, n))
+    return add_value(sums, e, load_some(wp, j, n))
 
 
 @inline
@@ -213,7 +211,7 @@ def head_of(yp, start, stop, streamed):
 @inline
 def normalise_plane(xp, yp, rp, mp, relu, start, stop, channel, streamed):
     """One plane, or the part start..stop of it (start a multiple of 16 where there is a mask)."""
-    carry = 0 * bits_above_zero(channel[0])  # uint64 zero
+    carry = 0
     j = start
     head = head_of(yp, start, stop, streamed)
     if head > 0:
@@ -230,7 +228,7 @@ def normalise_plane(xp, yp, rp, mp, relu, start, stop, channel, streamed):
 @inline
 def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, wp, shift, sums, S):
     """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
-    carry = 0 * bits_above_zero(channel[0])
+    carry = 0
     k = splat(shift)
     head = head_of(yp, 0, S, streamed)
     if head > 0:
@@ -269,7 +267,7 @@ def forward_planes(
     for c in range(first, min(first + group, last)):
         open_channel(scratch, c - first, shift_of_channel(x, c, points))
     for n in range(N):
-        wp = plane_or_none(weight, n, 0)
+        wp = plane(weight, n, 0)
         for c in range(first, min(first + group, last)):
             row = c - first
             sums = gather_plane(plane(x, n, c), wp, 0, S, scratch[row, SHIFT], load_sums(scratch, row))
@@ -287,11 +285,11 @@ def forward_planes(
                 open_channel(scratch, row, shift_of_channel(x, c + group, points))
         # y of this group, moments of the next
         for n in range(N):
-            wp = plane_or_none(weight, n, 0)
+            wp = plane(weight, n, 0)
             for c in range(start, stop):
                 channel = channel_vectors(table, c)
                 xp, yp = plane(x, n, c), plane(y, n, c)
-                rp, mp = plane_or_none(residual, n, c), plane_or_none(mask, n, c)
+                rp, mp = plane(residual, n, c), plane(mask, n, c)
                 if c + group < last:
                     row = c - start
                     ahead, shift = plane(x, n, c + group), scratch[row, SHIFT]
@@ -323,7 +321,7 @@ def stats_planes(x, weight, N, S, partial, points, first, last, planes_a_block, 
         n_first = b // segments * planes_a_block
         n_last = min(n_first + planes_a_block, N)
         for n in range(n_first, n_last):
-            sums = gather_plane(plane(x, n, c), plane_or_none(weight, n, 0), start, stop, shift, sums)
+            sums = gather_plane(plane(x, n, c), plane(weight, n, 0), start, stop, shift, sums)
         count = float((n_last - n_first) * (stop - start)) if weight is None else sum_lanes(sums[2])
         partial[c, b, 0], partial[c, b, 1], partial[c, b, 2] = block_moments(sums, count)
         partial[c, b, 3] = shift
@@ -337,7 +335,7 @@ def normalise_planes(x, y, residual, mask, relu, C, S, table, first, last, segme
         stop = min(start + segment, S)
         c = task // segments % C
         n = task // segments // C
-        rp, mp = plane_or_none(residual, n, c), plane_or_none(mask, n, c)
+        rp, mp = plane(residual, n, c), plane(mask, n, c)
         normalise_plane(plane(x, n, c), plane(y, n, c), rp, mp, relu, start, stop, channel_vectors(table, c), streamed)
     if streamed:
         fence()

@@ -12,7 +12,7 @@ Versions, 32x64x112x112 float32 on 2 threads of an AVX-512 machine, as a multipl
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
-from fastbn.kernels.planes import head_of, load_sums, plane, plane_or_none, save_sums
+from fastbn.kernels.planes import head_of, load_sums, plane, save_sums
 from fastbn.kernels.simd import (
     LANES,
     bits_above_zero,
@@ -94,7 +94,7 @@ def apply(xp, dyp, dxp, drp, mp, wp, j, coefficients, streamed):
     """dx[j:j+16], and dresidual where there is one."""
     g = gradient(dyp, mp, j)
     xmu = centre(xp, load(xp, j), coefficients[0], coefficients[1])
-    v = slope(g, xmu, coefficients, None if wp is None else load(wp, j))
+    v = slope(g, xmu, coefficients, load(wp, j))
     if streamed:
         stream(dxp, j, v)
     else:
@@ -107,7 +107,7 @@ def apply(xp, dyp, dxp, drp, mp, wp, j, coefficients, streamed):
 def apply_some(xp, dyp, dxp, drp, mp, wp, j, n, coefficients):
     g = gradient_some(dyp, mp, j, n)
     xmu = centre(xp, load_some(xp, j, n), coefficients[0], coefficients[1])
-    v = slope(g, xmu, coefficients, None if wp is None else load_some(wp, j, n))
+    v = slope(g, xmu, coefficients, load_some(wp, j, n))
     store_some(dxp, j, v, n)
     if drp is not None:
         store_some(drp, j, g, n)
@@ -173,7 +173,7 @@ def backward_planes(x, dy, dx, dresidual, weight, mask, N, S, table, grads, coun
     for n in range(N):
         for c in range(first, min(first + group, last)):
             mean, low, sums = splat(table[MEAN, c]), splat(table[LOW, c]), load_sums(mine, c - first)
-            mp = plane_or_none(mask, n, c)
+            mp = plane(mask, n, c)
             save_sums(mine, c - first, reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, 0, S, mean, low, sums))
 
     for start in range(first, last, group):
@@ -185,14 +185,14 @@ def backward_planes(x, dy, dx, dresidual, weight, mask, N, S, table, grads, coun
             clear_sums(mine, c - start)
         # dx of this group, sums of the next
         for n in range(N):
-            wp = plane_or_none(weight, n, 0)
+            wp = plane(weight, n, 0)
             for c in range(start, stop):
                 coefficients = coefficient_vectors(table, grads, c)
                 xp, dyp, dxp = plane(x, n, c), plane(dy, n, c), plane(dx, n, c)
-                drp, mp = plane_or_none(dresidual, n, c), plane_or_none(mask, n, c)
+                drp, mp = plane(dresidual, n, c), plane(mask, n, c)
                 if c + group < last:
                     a = c + group
-                    ahead, dy_ahead, m_ahead = plane(x, n, a), plane(dy, n, a), plane_or_none(mask, n, a)
+                    ahead, dy_ahead, m_ahead = plane(x, n, a), plane(dy, n, a), plane(mask, n, a)
                     mean, low, sums = splat(table[MEAN, a]), splat(table[LOW, a]), load_sums(mine, c - start)
                     sums = apply_and_reduce(
                         xp, dyp, dxp, drp, mp, wp, coefficients, streamed, ahead, dy_ahead, m_ahead, weight, mean, low, sums, S
@@ -216,7 +216,7 @@ def reduce_planes(x, dy, weight, mask, N, S, table, partial, first, last, planes
         stop = min(start + segment, S)
         n_first = b // segments * planes_a_block
         for n in range(n_first, min(n_first + planes_a_block, N)):
-            mp = plane_or_none(mask, n, c)
+            mp = plane(mask, n, c)
             sums = reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, start, stop, mean, low, sums)
         partial[c, b, 0] = sum_lanes(sums[0])
         partial[c, b, 1] = sum_lanes(sums[1])
@@ -230,7 +230,7 @@ def apply_planes(x, dy, dx, dresidual, weight, mask, C, S, table, grads, first, 
         stop = min(start + segment, S)
         c = task // segments % C
         n = task // segments // C
-        drp, mp, wp = plane_or_none(dresidual, n, c), plane_or_none(mask, n, c), plane_or_none(weight, n, 0)
+        drp, mp, wp = plane(dresidual, n, c), plane(mask, n, c), plane(weight, n, 0)
         coefficients = coefficient_vectors(table, grads, c)
         apply_plane(plane(x, n, c), plane(dy, n, c), plane(dx, n, c), drp, mp, wp, start, stop, coefficients, streamed)
     if streamed:

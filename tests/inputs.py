@@ -20,6 +20,7 @@ SHAPES = {
     "nc 2x1": (2, 1),
     "nc 1000x3": (1000, 3),
     "nc 33x257": (33, 257),
+    "nc 18x9001": (18, 9001),
     "ncl 5x5x5": (5, 5, 5),
     "ncl 9x128x1": (9, 128, 1),
     "ncl 4x3x100": (4, 3, 100),
@@ -29,7 +30,11 @@ SHAPES = {
     "mb2 c128 h2": (2, 128, 2, 2),
     "mb3072 c64 h112 scaled": (192, 4, 28, 28),
     "planes 7x7": (6, 40, 7, 7),
+    "planes 7x7, many": (40, 12, 7, 7),
+    "planes 5x5, few channels": (70, 3, 5, 5),
+    "planes 11x13, wide rows": (12, 70, 11, 13),
     "planes 14x14": (4, 20, 14, 14),
+    "planes 14x14, many": (9, 7, 14, 14),
     "planes 27x33": (3, 5, 27, 33),
     "planes 56x56": (2, 6, 56, 56),
     "one channel of 301467": (3, 1, 317, 317),
@@ -151,13 +156,13 @@ def _axis_last(v):
 
 def _channel_slice_last(v):
     v = _axis_last(v)
-    return _inside(v, np.s_[..., 1:-2], v.shape[:-1] + (v.shape[-1] + 3,))
+    return _inside(v, np.s_[..., 1:-2], (*v.shape[:-1], v.shape[-1] + 3))
 
 
 def _spatial_slice(v):
     if v.ndim == 2:  # no spatial axis: a slice of the columns
         return _inside(v, np.s_[:, 2:-1], (v.shape[0], v.shape[1] + 3))
-    return _inside(v, np.s_[..., 2:-1], v.shape[:-1] + (v.shape[-1] + 3,))
+    return _inside(v, np.s_[..., 2:-1], (*v.shape[:-1], v.shape[-1] + 3))
 
 
 def _broadcast(v):
@@ -191,9 +196,9 @@ LAYOUTS = {
     "axis -1": (_axis_last, -1),
     "axis 0": (lambda v: np.ascontiguousarray(np.moveaxis(v, 1, 0)), 0),
     "fortran": (np.asfortranarray, 1),
-    "batch slice": (lambda v: _inside(v, np.s_[2:-1], (v.shape[0] + 3,) + v.shape[1:]), 1),
-    "every second sample": (lambda v: _inside(v, np.s_[::2], (2 * v.shape[0],) + v.shape[1:]), 1),
-    "channel slice": (lambda v: _inside(v, np.s_[:, 1:-2], (v.shape[0], v.shape[1] + 3) + v.shape[2:]), 1),
+    "batch slice": (lambda v: _inside(v, np.s_[2:-1], (v.shape[0] + 3, *v.shape[1:])), 1),
+    "every second sample": (lambda v: _inside(v, np.s_[::2], (2 * v.shape[0], *v.shape[1:])), 1),
+    "channel slice": (lambda v: _inside(v, np.s_[:, 1:-2], (v.shape[0], v.shape[1] + 3, *v.shape[2:])), 1),
     "channel slice, axis -1": (_channel_slice_last, -1),
     "spatial slice": (_spatial_slice, 1),
     "negative strides": (lambda v: _inside(v, np.s_[::-1, ..., ::-1], v.shape), 1),

@@ -70,10 +70,8 @@ def spread_weights(sample_weight, shape, axis, dtype=np.longdouble):
     if sample_weight is None:
         return np.ones(shape, dtype)
     w = widen(sample_weight, dtype)
-    if w.ndim == 1:
-        w = w.reshape((-1,) + (1,) * (len(shape) - 1))
-    else:
-        w = np.expand_dims(w, axis % len(shape))
+    per_value = w.ndim == len(shape) - 1
+    w = np.expand_dims(w, axis % len(shape)) if per_value else w.reshape((-1,) + (1,) * (len(shape) - 1))
     return np.broadcast_to(w, shape)
 
 

@@ -13,9 +13,9 @@ FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["training", "froz
 WIDE = np.longdouble
 
 
-def finite_differences(loss, a, step=WIDE(1e-5)):
+def finite_differences(loss, a, step=1e-5):
     """Central differences of a scalar function of a longdouble array, fourth order: error about step^4."""
-    gradient = np.zeros(a.shape, WIDE)
+    gradient, step = np.zeros(a.shape, WIDE), WIDE(step)
     for k in np.ndindex(a.shape):
         there = a[k]
         at = {}

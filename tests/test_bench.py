@@ -19,6 +19,7 @@ if str(BENCH) not in sys.path:
 import contenders  # noqa: E402  (found through the path above)
 import limit  # noqa: E402
 import machine  # noqa: E402
+import memory  # noqa: E402
 import paired  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -243,6 +244,16 @@ def test_bars_take_the_geometric_mean_and_know_which_way_is_good():
     assert "**missed**" in text
 
 
+def test_memory_is_judged_by_the_larger_peak_and_its_growth():
+    row = {"case": "a", "bytes": 1000, "traced": 4, "traced_quarter": 4, "resident": 8}
+    verdicts = [({}, True, True), ({"resident": 11}, False, False), ({"traced_quarter": 1}, True, False)]
+    verdicts.append(({"traced": 20, "traced_quarter": 20, "resident": None}, False, False))
+    for change, bar_met, goal_met in verdicts:
+        (line,) = memory.bars([row, row | change])
+        assert (line["bar_met"], line["goal_met"]) == (bar_met, goal_met), change
+    assert "| O(C) |" in paired.bars_table([line])
+
+
 # --- timing ---
 
 
@@ -304,7 +315,7 @@ def recorded():
     def record(op, shape, layout, **times):
         return paired.record(Case(op, shape, layout), timing.summarise({n: [t] for n, t in times.items()}))
 
-    here = machine.describe()
+    here = machine.describe() | {"busy_elsewhere": 0.5}
     large = record("forward", (32, 64, 112, 112), "channels-first", limit=4e-3, fastbn=5e-3, numba=2e-2, numpy=0.2)
     small = record("forward", (64, 128), "nc", limit=3e-6, fastbn=3e-5, numba=1e-5, numpy=2e-5)
     unseen = record("backward", (32, 64, 56, 56), "channels-last", limit=1e-3, fastbn=2e-3, numpy=0.1)
@@ -313,15 +324,15 @@ def recorded():
     results["backward"]["records"] = [unseen]
     first = {"layout": "NCHW float32", "cold": 2.5, "cached": 0.3, "numba_import": 0.2, "afterwards": 1e-4}
     started = {"import": 0.004, "first": [first]}
-    rows = [{"case": "NCHW", "bytes": 10**8, "traced": 5000, "resident": None}]
+    rows = [{"case": "NCHW", "bytes": 10**8, "traced": 5000, "traced_quarter": 5000, "resident": None}]
     point = {"op": "forward", "axis": "N", "limit": 1e-3, "fastbn": 1e-3, "shape": [9, 8, 14, 14], "size": 9}
     points = [point | {"odd": False}, point | {"odd": True, "unaligned": 2e-3, "size": 10}]
     gains = [{"op": "forward", "shape": [1, 2, 3], "fastbn_1": 2.0, "fastbn_2": 1.0, "limit_1": 3.0, "limit_2": 2.0}]
     return results | {
-        "startup": started | {"bars": startup.bars(started)},
-        "memory": {"rows": rows},
-        "overhead": {"rows": [{"op": "forward", "fastbn": 1e-5}]},
-        "scaling": {"threads": 2, "points": points, "gains": gains},
+        "startup": started | {"machine": here, "bars": startup.bars(started)},
+        "memory": {"machine": here, "rows": rows, "bars": memory.bars(rows)},
+        "overhead": {"machine": here, "rows": [{"op": "forward", "fastbn": 1e-5}]},
+        "scaling": {"machine": here, "threads": 2, "points": points, "gains": gains},
     }
 
 
@@ -339,6 +350,7 @@ def test_report_writes_readme_summary_and_plots(tmp_path, capsys):
     assert "**10.0 us (6.6 GB/s)**" in text  # the row where naive Numba wins is shown
     assert "not installed" in text
     assert "2.50 s with nothing compiled" in text
+    assert "other processes took up to 50% of the cores" in text
     summary = (tmp_path / "summary.md").read_text()
     assert summary in capsys.readouterr().out
     assert "| forward 1x2x3 | 2.00 s | 1.00 s | 2.00 | 1.50 |" in summary

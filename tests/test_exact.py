@@ -38,7 +38,7 @@ EVEN = {
 def exact_case(shape, dtype, k, eps):
     """x, gamma, beta and the exact y: signs alternate along the values of a channel, so that each channel balances."""
     channels = shape[1]
-    positions = np.arange(np.prod(shape) // channels).reshape((shape[0], 1) + shape[2:])
+    positions = np.arange(np.prod(shape) // channels).reshape((shape[0], 1, *shape[2:]))
     channel = np.arange(channels).reshape((1, -1) + (1,) * (len(shape) - 2))
     sign = np.where((positions + channel) % 2 == 0, 1.0, -1.0)
     mean = (channel % 7 - 3.0) * 4.0
@@ -55,7 +55,7 @@ def exact_case(shape, dtype, k, eps):
 def arrangements(x):
     """The same values channels first, as a channels-last view, and with axis = -1."""
     last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-    return [(x, 1), (np.moveaxis(last, -1, 1), 1), (last, -1)]
+    return [(x.copy(), 1), (np.moveaxis(last.copy(), -1, 1), 1), (last, -1)]  # apart: some are overwritten in place
 
 
 def assert_same_values_and_signs(actual, expected):

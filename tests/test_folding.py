@@ -82,9 +82,7 @@ def test_computed_in_float64_and_rounded_once(statistics, dtype):
     folded_weight, folded_bias = fold_batch_norm(weight, None, gamma, beta, mean, var)
     expected = (weight.astype(float) * scale[:, None]).astype(dtype)
     np.testing.assert_array_equal(folded_weight.astype(float), expected.astype(float))
-    np.testing.assert_array_equal(
-        folded_bias.astype(float), (-mean.astype(float) * scale + beta).astype(dtype).astype(float)
-    )
+    np.testing.assert_array_equal(folded_bias.astype(float), (-mean.astype(float) * scale + beta).astype(dtype).astype(float))
     assert folded_weight.dtype == folded_bias.dtype == dtype
 
 

@@ -27,10 +27,8 @@ def assert_rounded_once(actual, exact, half, scale, what):
     """|actual - exact| <= half a unit in the last place + 1e-6 * scale."""
     dtype, bits, smallest = HALVES[half]
     assert actual.dtype == dtype, f"{what} has dtype {actual.dtype}, not {dtype}"
-    unit = 1 / checks.ulps(np.zeros_like(exact), exact, bits, smallest) * np.abs(exact)
-    unit = np.where(exact == 0, 0, unit)
     error = np.abs(reference.widen(actual) - exact)
-    excess = error - (0.5 * unit + 1e-6 * scale)
+    excess = error - (0.5 * checks.ulp(exact, bits, smallest) + 1e-6 * scale)
     worst = np.unravel_index(np.argmax(excess), excess.shape)
     assert excess[worst] <= 0, f"{what}, {half}: got {actual[worst]}, exact {float(exact[worst])!r} at {worst}"
 

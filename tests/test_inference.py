@@ -27,7 +27,6 @@ def test_layouts(layout, dtype):
     x, axis = inputs.arrange(layout, inputs.normal((4, 6, 5, 7), dtype))
     before = checks.snapshot(x)
     y = checks.check_inference(x, *inputs.parameters(6, dtype), axis=axis)
-    assert y.dtype == checks.native(x.dtype)
     if layout != "zero strides":
         checks.assert_same_order(y, x)
     checks.assert_unchanged(before)

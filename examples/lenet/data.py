@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.datasets import load_digits as sklearn_digits
 
 from lenet.idx import DataError, load_idx_folder
 
@@ -11,7 +12,11 @@ TEST_IMAGES = 500  # of the 1797 digits
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as float32 (N, 1, side, side) in [0, 1], labels as int64 (N,) from 0 to classes - 1."""
+    """Images as float32 (N, 1, side, side), labels as int64 (N,) from 0 to classes - 1.
+
+    The images are shifted and scaled as one block so that the training pixels have mean 0 and standard deviation 1. On
+    pixels in [0, 1] the network without BatchNorm stays at chance for dozens of epochs, which would show nothing but that.
+    """
 
     name: str
     train_images: np.ndarray
@@ -34,22 +39,25 @@ class Dataset:
 
 
 def load_digits():
-    """scikit-learn's 1797 digits (no download): 8 x 8 pixels, each doubled to 16 x 16, the least a LeNet has use for.
+    """scikit-learn's 1797 digits (no download): 8 x 8 pixels, each doubled to 16 x 16, the least this LeNet works on.
 
     1297 are for training, 500 for the test, split once by a fixed permutation: the same for every seed of the training.
     """
-    from sklearn.datasets import load_digits as sklearn_digits  # a second to import, not needed with --data
-
     bunch = sklearn_digits()
-    images = (bunch.images / 16).astype(np.float32).repeat(2, axis=1).repeat(2, axis=2)[:, None]
-    labels = bunch.target.astype(np.int64)
+    images = bunch.images.repeat(2, axis=1).repeat(2, axis=2)
     order = np.random.default_rng(0).permutation(len(images))
     test, train = order[:TEST_IMAGES], order[TEST_IMAGES:]
-    return Dataset("scikit-learn's digits", images[train], labels[train], images[test], labels[test])
+    return _dataset("scikit-learn's digits", images[train], bunch.target[train], images[test], bunch.target[test])
 
 
 def load_folder(folder):
-    """A folder of IDX files as `lenet.idx.load_idx_folder` reads it. DataError also for a size this LeNet cannot take."""
+    """A folder of IDX files, as `lenet.idx.load_idx_folder` reads it.
+
+    Raises
+    ------
+    DataError
+        Also for images of a size that this LeNet cannot take, and for images that are all one grey.
+    """
     train_images, train_labels, test_images, test_labels = load_idx_folder(folder)
     h, w = train_images.shape[1:]
     if h != w or h % 4 or h < 12:
@@ -57,10 +65,22 @@ def load_folder(folder):
             f"{folder} holds images of {h} x {w}; this LeNet takes squares whose side is a multiple of 4 and at least 12, "
             "such as MNIST's 28 x 28"
         )
+    if train_images.min() == train_images.max():
+        raise DataError(f"{folder}: every pixel of the training images is {train_images.max()}; download the files again")
+    return _dataset(str(folder), train_images, train_labels, test_images, test_labels)
+
+
+def _dataset(name, train_images, train_labels, test_images, test_labels):
+    """A Dataset of images (N, H, W) in any range."""
+    mean, std = train_images.mean(dtype=np.float64), train_images.std(dtype=np.float64)
 
     def scaled(images):
-        return images[:, None].astype(np.float32) / np.float32(255)
+        return ((images[:, None] - np.float32(mean)) / np.float32(std)).astype(np.float32)
 
     return Dataset(
-        str(folder), scaled(train_images), train_labels.astype(np.int64), scaled(test_images), test_labels.astype(np.int64)
+        name,
+        scaled(train_images),
+        train_labels.astype(np.int64),
+        scaled(test_images),
+        test_labels.astype(np.int64),
     )

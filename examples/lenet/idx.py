@@ -13,6 +13,7 @@ import numpy as np
 
 UNSIGNED_BYTES = 8
 GZIP_MAGIC = b"\x1f\x8b"
+MOST_VALUES = 2**31  # four times the largest file in this form (EMNIST); a damaged header may promise 2**96
 
 
 class DataError(Exception):
@@ -82,12 +83,14 @@ def read_idx(path, ndim):
             if len(header) < 4 * ndim:
                 raise DataError(f"{path} ends within its header of {4 + 4 * ndim} bytes: download it again")
             shape = tuple(int(d) for d in np.frombuffer(header, ">u4"))
+            if math.prod(shape) > MOST_VALUES:
+                raise DataError(f"{path} is damaged: its header promises {_by(shape)} bytes of {kind}: download it again")
             # One byte more than promised, so that a file that is too long is noticed and never read in full.
             values = file.read(math.prod(shape) + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is a truncated or damaged gzip file ({error}): download it again") from error
-    except (OSError, OverflowError, MemoryError) as error:
-        raise DataError(f"{path} cannot be read ({error or type(error).__name__}): check the file") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): check the file and its permissions") from error
     if len(values) != math.prod(shape):
         found = f"only {len(values)} follow" if len(values) < math.prod(shape) else "more follow"
         raise DataError(

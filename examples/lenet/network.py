@@ -1,12 +1,12 @@
 """LeNet, with or without batch normalisation before every sigmoid."""
 
-import importlib
 import time
 from collections import defaultdict
 
 import numpy as np
 
 import fastbn
+from lenet.device import synchronise
 from lenet.layers import AvgPool2d, Conv2d, Dense, Flatten, Sigmoid
 
 
@@ -98,39 +98,12 @@ def lenet(xp, side, classes, *, batch_norm, seed, dtype=np.float32):
         xp,
         [
             *activated(Conv2d(xp, rng, 1, 6, kernel=5, padding=2, **keywords), 6),
-            AvgPool2d(xp),
+            AvgPool2d(),
             *activated(Conv2d(xp, rng, 6, 16, kernel=5, **keywords), 16),
-            AvgPool2d(xp),
+            AvgPool2d(),
             Flatten(),
             *activated(Dense(xp, rng, flat, 120, **keywords), 120),
             *activated(Dense(xp, rng, 120, 84, **keywords), 84),
             Dense(xp, rng, 84, classes, dtype=dtype),
         ],
     )
-
-
-class DeviceError(Exception):
-    """The device that was asked for is not there; the message says what to do."""
-
-
-def array_module(device):
-    """numpy for "cpu", cupy for "cuda". DeviceError without CuPy or without a GPU."""
-    if device == "cpu":
-        return np
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as error:
-        raise DeviceError(
-            f"--device {device} needs CuPy ({error}): pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', or use --device cpu"
-        ) from error
-    try:
-        cupy.zeros(1)
-    except Exception as error:  # CuPy has several ways to say so: no driver, no device, a device that is taken
-        raise DeviceError(f"--device {device}: CuPy finds no usable GPU ({error}); use --device cpu") from error
-    return cupy
-
-
-def synchronise(xp):
-    """Wait for the GPU, whose work is asynchronous; without it a clock would measure launches."""
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()

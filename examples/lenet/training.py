@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from lenet.device import synchronise
 from lenet.layers import softmax_cross_entropy
-from lenet.network import lenet, synchronise
+from lenet.network import lenet
 
 EVALUATION_BATCH = 1000  # bounds the memory that im2col takes
 

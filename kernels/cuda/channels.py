@@ -34,10 +34,14 @@ running_average = device(formulas.running_average)
 
 @device
 def update_running(running_mean, running_var, c, mean, var, momentum):
-    """Move the running statistics towards the batch's, unless the batch's are not finite."""
-    if running_mean.size > 0 and math.isfinite(mean) and math.isfinite(var):
-        running_mean[c] = running_average(float64(running_mean[c]), mean, momentum)
-        running_var[c] = running_average(float64(running_var[c]), var, momentum)
+    """Move the running statistics towards the batch's, unless that would make them not finite in their own type."""
+    if running_mean.size > 0:
+        old_mean, old_var = running_mean[c], running_var[c]
+        running_mean[c] = running_average(float64(old_mean), mean, momentum)
+        running_var[c] = running_average(float64(old_var), var, momentum)
+        if not (math.isfinite(running_mean[c]) and math.isfinite(running_var[c])):
+            running_mean[c] = old_mean
+            running_var[c] = old_var
 
 
 @device

@@ -293,7 +293,7 @@ def normalise_columns(kind, lanes, threads, wide, relu, residual):
                 for u in range(per_tile):
                     if u < count:
                         for v in range(lanes):
-                            word = normalise(tile, u * lanes + v, added, hi[v], lo[v], scale[v], shift[v], word)
+                            word = normalise(tile, u * lanes + v, added, u * lanes + v, hi[v], lo[v], scale[v], shift[v], word)
                         store(y, (row + u * high) * C + c, tile, u * lanes)
                 if relu:
                     mask[(t * column_tiles + column_tile) * threads + int64(cuda.threadIdx.x)] = word

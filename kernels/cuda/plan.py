@@ -18,10 +18,13 @@ class Sizes:
     blocks: int = 1056  # blocks wanted in a launch: 8 for each of 132 multiprocessors
     wide: int = 16  # vectors across a block of columns
     tall: int = 4  # tiles of rows that a block of columns takes at least, so that merging stays cheap
-    persistent: tuple[int, ...] = (32, 96)  # elements a thread holds of a channel, forward; the backward holds half of x, half of dy
+    persistent: tuple[int, ...] = (32, 64)  # elements a thread may hold; the backward holds half of x, half of dy
     persistent_threads: int = 512
     persistent_channels: int = 96  # fewer channels than this leave multiprocessors idle, unless they are small
     persistent_small: int = 4096  # elements of a channel that is small
+
+
+DEFAULT = Sizes()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def _split(tiles: int, wanted: int) -> tuple[int, int]:
     return _ceil(tiles, chunk), chunk
 
 
-def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes = Sizes()) -> Plan:  # noqa: B008 (frozen)
+def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None = None) -> Plan:
     """The plan for data of shape (N, C, S), C >= 1, N * S >= 1; S == 1 means rows of channels (NC, channels last).
 
     Examples
@@ -72,18 +75,22 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes = Sizes
     >>> plan(32 * 56 * 56, 64, 1, "float16", aligned=True).family
     'columns'
     """
+    sizes = sizes or DEFAULT
     full = LANES[dtype]
     if S > 1:
         lanes = full if aligned and S % full == 0 else 1
         values = N * S
-        threads = sizes.threads
-        while threads > sizes.smallest and threads * TILE > values:
+        choices = sizes.persistent if lanes > 1 else sizes.persistent[:1]  # single loads need an address register each
+        held, threads = _held(values, C, dtype, sizes, choices)
+        if not held:
+            threads = sizes.threads
+        # A small channel takes a small block: one warp holds 1024 elements.
+        while threads > sizes.smallest and threads // 2 * TILE >= values:
             threads //= 2
-        held_forward = _held(values, C, lanes, sizes, 1, sizes.persistent)
-        held_backward = _held(values, C, lanes, sizes, 2, sizes.persistent)
+        held_backward = next((h // 2 for h in choices if held and values * 2 <= threads * h), 0)
         tiles = _ceil(values, threads * TILE)
         splits, chunk = _split(tiles, _ceil(sizes.blocks, C))
-        return Plan("planes", lanes, threads, 0, splits, chunk, C, C * tiles * threads, held_forward, held_backward)
+        return Plan("planes", lanes, threads, 0, splits, chunk, C, C * tiles * threads, held, held_backward)
     lanes = full if aligned and C % full == 0 else 1
     wide = sizes.wide * (2 if lanes == 1 else 1)
     while wide > 1 and (wide // 2) * lanes >= C:
@@ -96,11 +103,9 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes = Sizes
     return Plan("columns", lanes, sizes.threads, wide, splits, chunk, column_tiles, column_tiles * tiles * sizes.threads)
 
 
-def _held(values: int, C: int, lanes: int, sizes: Sizes, arrays: int, choices: tuple[int, ...]) -> int:
-    """Elements that a thread holds of each array, or 0 where a channel does not fit a block or would leave the GPU idle."""
-    if C < sizes.persistent_channels and values > sizes.persistent_small:
-        return 0
-    for held in choices:
-        if values * arrays <= sizes.persistent_threads * held:
-            return held // arrays
-    return 0
+def _held(values: int, C: int, dtype: str, sizes: Sizes, choices: tuple[int, ...]) -> tuple[int, int]:
+    """(elements that a thread holds of a channel, threads); 0 where a channel does not fit or would leave the GPU idle."""
+    if dtype == "float64" or (C < sizes.persistent_channels and values > sizes.persistent_small):
+        return 0, sizes.threads
+    held = next((h for h in choices if values <= sizes.persistent_threads * h), 0)
+    return held, sizes.persistent_threads

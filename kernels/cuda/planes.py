@@ -247,7 +247,7 @@ def normalise_planes(kind, lanes, relu, residual):
             word = uint32(0)
             for u in range(per_tile):
                 for v in range(lanes):
-                    word = normalise(tile, u * lanes + v, added, hi, lo, scale, shift, word)
+                    word = normalise(tile, u * lanes + v, added, u * lanes + v, hi, lo, scale, shift, word)
                 store(y, at, tile, u * lanes)
                 at, at_s = advance(at, at_s, SV, step, step_s, wrap)
             if relu:
@@ -261,7 +261,7 @@ def normalise_planes(kind, lanes, relu, residual):
             for u in range(per_tile):
                 if u < count:
                     for v in range(lanes):
-                        word = normalise(tile, u * lanes + v, added, hi, lo, scale, shift, word)
+                        word = normalise(tile, u * lanes + v, added, u * lanes + v, hi, lo, scale, shift, word)
                     store(y, address, tile, u * lanes)
                     address, s = advance(address, s, SV, step, step_s, wrap)
             if relu:

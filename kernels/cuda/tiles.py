@@ -67,16 +67,16 @@ def tile_moments(T):
 
 @lru_cache(maxsize=None)
 def tile_normalise(T, relu, residual):
-    """normalise(tile, k, added, hi, lo, scale, shift, word): y of element k in place, and its bit set in the mask's word.
+    """normalise(tile, k, added, i, hi, lo, scale, shift, word): y of element k (plus added[i]) in place, its bit set in the mask's word.
 
     A NaN passes the activation, and so does its gradient.
     """
 
     @device
-    def normalise(tile, k, added, hi, lo, scale, shift, word):
+    def normalise(tile, k, added, i, hi, lo, scale, shift, word):
         value = ((tile[k] - hi) - lo) * scale + shift
         if residual:
-            value = value + added[k]
+            value = value + added[i]
         if relu:
             if value <= T(0):
                 value = T(0)

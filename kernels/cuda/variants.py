@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numba import float32, float64, int32, int64, types, uint32
 
 from fastbn.kernels.cuda import channels, columns, columns_backward, persistent, planes, planes_backward
-from fastbn.kernels.cuda.plan import Sizes
+from fastbn.kernels.cuda.plan import DEFAULT
 from fastbn.kernels.cuda.target import kernel as compile_kernel
 from fastbn.kernels.cuda.vectors import KINDS
 
@@ -98,7 +98,7 @@ def _combinations(names):
         yield tuple(zip(names, values, strict=True))
 
 
-def all_variants(sizes=Sizes()):  # noqa: B008 (frozen)
+def all_variants(sizes=DEFAULT):
     """Every variant that the planner can ask for with float32 parameters (float64 for float64 data), in a fixed order."""
     for dtype, kind in KINDS.items():
         parameters = "float64" if dtype == "float64" else "float32"
@@ -119,9 +119,8 @@ def all_variants(sizes=Sizes()):  # noqa: B008 (frozen)
                 ):
                     for chosen in _combinations(flags):
                         yield Variant(name=f"{verb}_{family}", options=shape + chosen, threads=threads, **common)
-            for held in sizes.persistent:
-                if dtype == "float64":
-                    continue
+            choices = () if dtype == "float64" else sizes.persistent if lanes > 1 else sizes.persistent[:1]
+            for held in choices:
                 for verb, each in (("forward", held), ("backward", held // 2)):
                     for chosen in _combinations(("relu", "residual")):
                         options = (("lanes", lanes), ("held", each), *chosen)

@@ -6,7 +6,7 @@ Versions
 2. (here) `load` and `store` move `lanes` neighbouring elements between an array and a thread's tile: one LDG.E.128 or STG.E.128
    where lanes fill 16 bytes, one plain access where lanes == 1 (planes or pointers that are not aligned).
 
-Half types travel as uint16 arrays and are float32 in tiles: `fpext` and a shift widen, `cvt.rn` rounds to nearest even. bfloat16 stores
+Half types travel as uint16 arrays and are float32 in tiles: `fpext` and a shift widen, stores round to nearest even. bfloat16 stores
 need compute capability 8.0.
 """
 
@@ -85,6 +85,15 @@ def _compiled_access(kind, lanes):
     )  # fmt: skip
     element = {"float32": f32, "float64": f64}.get(kind.name, i16)
     size = {"float32": 4, "float64": 8}.get(kind.name, 2)
+    paired = element == i16
+    # Half types cross the bus as four words: <8 x i16>, and what LLVM can turn into it, would become two accesses of 8 bytes.
+    vector = ir.VectorType(i32, 4) if paired else ir.VectorType(element, kind.lanes)
+
+    def pack(builder, values):
+        packed = ir.Constant(vector, ir.Undefined)
+        for u, value in enumerate(values):
+            packed = builder.insert_element(packed, value, ir.Constant(i32, u))
+        return packed
 
     def global_pointer(context, builder, array_type, array, index, to):
         data = context.make_array(array_type)(context, builder, value=array).data
@@ -96,11 +105,21 @@ def _compiled_access(kind, lanes):
         return [builder.gep(data, [builder.add(index, ir.Constant(i64, u))]) for u in range(lanes)]
 
     def widen(builder, value):
+        """One element as the type of arithmetic."""
         if kind.name == "float16":
             return builder.fpext(builder.bitcast(value, half), f32)
         if kind.name == "bfloat16":
             return builder.bitcast(builder.shl(builder.zext(value, i32), ir.Constant(i32, 16)), f32)
         return value
+
+    def widen_pair(builder, word):
+        """The two half-size elements of a 32-bit word."""
+        high = builder.lshr(word, ir.Constant(i32, 16))
+        if kind.name == "float16":
+            return [widen(builder, builder.trunc(v, i16)) for v in (word, high)]
+        low = builder.shl(word, ir.Constant(i32, 16))
+        high = builder.and_(word, ir.Constant(i32, 0xFFFF0000))
+        return [builder.bitcast(v, f32) for v in (low, high)]
 
     def narrow(builder, value):
         if kind.name == "float16":
@@ -111,9 +130,12 @@ def _compiled_access(kind, lanes):
         return value
 
     def narrow_pair(builder, low, high):
-        """Two bfloat16 as one 32-bit word."""
-        convert = ir.InlineAsm(ir.FunctionType(i32, [f32, f32]), "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
-        return builder.call(convert, [high, low])
+        """Two elements as one 32-bit word."""
+        if kind.name == "bfloat16":
+            convert = ir.InlineAsm(ir.FunctionType(i32, [f32, f32]), "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
+            return builder.call(convert, [high, low])
+        low, high = (builder.zext(narrow(builder, v), i32) for v in (low, high))
+        return builder.or_(low, builder.shl(high, ir.Constant(i32, 16)))
 
     def check(x, i, tile, k):
         return x.dtype == kind.storage and tile.dtype == kind.compute and all(isinstance(v, types.Integer) for v in (i, k))
@@ -122,12 +144,17 @@ def _compiled_access(kind, lanes):
     def load(typingctx, x, i, tile, k):
         def codegen(context, builder, signature, args):
             x_type, _, tile_type, _ = signature.args
-            vector = element if lanes == 1 else ir.VectorType(element, lanes)
-            value = builder.load(global_pointer(context, builder, x_type, args[0], args[1], vector))
+            moved = element if lanes == 1 else vector
+            value = builder.load(global_pointer(context, builder, x_type, args[0], args[1], moved))
             value.align = size * lanes
-            for u, pointer in enumerate(tile_pointers(context, builder, tile_type, args[2], args[3])):
-                one = value if lanes == 1 else builder.extract_element(value, ir.Constant(i32, u))
-                builder.store(widen(builder, one), pointer)
+            if lanes == 1:
+                values = [widen(builder, value)]
+            else:
+                values = [builder.extract_element(value, ir.Constant(i32, u)) for u in range(vector.count)]
+            if lanes > 1 and paired:
+                values = [one for word in values for one in widen_pair(builder, word)]
+            for one, pointer in zip(values, tile_pointers(context, builder, tile_type, args[2], args[3]), strict=True):
+                builder.store(one, pointer)
             return context.get_dummy_value()
 
         return (types.void(x, types.int64, tile, types.int64), codegen) if check(x, i, tile, k) else None
@@ -137,19 +164,10 @@ def _compiled_access(kind, lanes):
         def codegen(context, builder, signature, args):
             x_type, _, tile_type, _ = signature.args
             values = [builder.load(p) for p in tile_pointers(context, builder, tile_type, args[2], args[3])]
-            if kind.name == "bfloat16" and lanes > 1:
-                vector = ir.VectorType(i32, lanes // 2)
+            if lanes > 1 and paired:
                 values = [narrow_pair(builder, values[u], values[u + 1]) for u in range(0, lanes, 2)]
-            else:
-                vector = element if lanes == 1 else ir.VectorType(element, lanes)
-                values = [narrow(builder, v) for v in values]
-            if lanes == 1:
-                packed = values[0]
-            else:
-                packed = ir.Constant(vector, ir.Undefined)
-                for u, v in enumerate(values):
-                    packed = builder.insert_element(packed, v, ir.Constant(i32, u))
-            pointer = global_pointer(context, builder, x_type, args[0], args[1], vector)
+            packed = narrow(builder, values[0]) if lanes == 1 else pack(builder, values)
+            pointer = global_pointer(context, builder, x_type, args[0], args[1], packed.type)
             builder.store(packed, pointer).align = size * lanes
             return context.get_dummy_value()
 
