@@ -65,9 +65,9 @@ def test_frozen_with_statistics_of_the_data(dtype, kind):
     exact = reference.forward(np.nan_to_num(x, nan=1, posinf=2, neginf=-2))
     mean, var = exact.mean.astype(np.float64), exact.var.astype(np.float64)
     y, ctx = checks.check_forward(x, *inputs.parameters(6, dtype)[:2], frozen=(mean, var))
-    if kind in inputs.FINITE:
-        dy = inputs.normal(x.shape, dtype, seed=1)
-        checks.check_backward(dy, ctx, y, x, *inputs.parameters(6, dtype)[:2], frozen=(mean, var))
+    # dx does not depend on x here: where x is NaN, dx is as good as anywhere; dgamma is not.
+    dy = inputs.normal(x.shape, dtype, seed=1)
+    checks.check_backward(dy, ctx, y, x, *inputs.parameters(6, dtype)[:2], frozen=(mean, var))
 
 
 @pytest.mark.parametrize("kind", inputs.POISON)

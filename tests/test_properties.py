@@ -106,7 +106,7 @@ def test_frozen_and_inference(data):
     x, axis = data.draw(arrays(shape, dtype))
     gamma, beta, mean, var = inputs.parameters(shape[1], data.draw(dtypes))
     checks.check_both(x, gamma, beta, axis=axis, frozen=(mean, var))
-    out = np.empty_like(x, dtype=dtype, order="C", subok=False) if data.draw(st.booleans()) else None
+    out = np.empty_like(x, order="C", subok=False) if data.draw(st.booleans()) else None
     checks.check_inference(x, gamma, beta, mean, var, axis=axis, out=out)
 
 

@@ -162,6 +162,16 @@ def test_running_statistics_of_real_weights():
     np.testing.assert_allclose(var, reference.running_update(np.ones(5), ctx.var, 0.1), rtol=2e-15)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.01, 100.0])
+def test_bessel_counts_the_effective_number_of_real_weights(factor):
+    # n = W^2 / sum w_i^2 (Kish 1965): the number of values for equal weights of any size, and for masks the number kept.
+    x, w = inputs.normal((6, 5, 8), np.float64), weights("weight per value", (6, 5, 8)) * factor
+    mean, var = np.zeros(5), np.zeros(5)
+    _, ctx = fastbn.batch_norm_forward(x, None, None, mean, var, sample_weight=w, momentum=1.0)
+    n = w.sum() ** 2 / (w**2).sum()
+    np.testing.assert_allclose(var, ctx.var * n / (n - 1), rtol=1e-13)  # sums of 48 terms, in another order
+
+
 def test_one_context_twice_and_in_place():
     x, dy = inputs.normal((4, 6, 5, 7)), inputs.normal((4, 6, 5, 7), seed=1)
     _, ctx = fastbn.batch_norm_forward(x, *inputs.parameters(6)[:2], sample_weight=weights("weight per value", x.shape))

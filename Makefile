@@ -1,0 +1,38 @@
+# Every command does all of its own set-up in .venv; Python >= 3.10 and make are all it takes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export MPLBACKEND := Agg
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo    train LeNet on handwritten digits, with and without fastbn"
+	@echo "make test    the whole test suite, GPU tests included (on the CUDA simulator where there is no GPU)"
+	@echo "make bench   the benchmark suites, then the report: README table, plots, bench/results"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove .venv and caches"
+
+# One stamp an extra: reinstalled when pyproject.toml changes.
+$(VENV)/.%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/lenet_digits.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest bench
+	$(BIN)/python bench/report.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
