@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 
 try:
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn
-
-    import fastbn
     from lenet import report
     from lenet.data import load_digits, load_folder
     from lenet.device import DeviceError, array_module
     from lenet.idx import DataError
     from lenet.training import first_call, train
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    import fastbn
 except ModuleNotFoundError as error:
     print(f"{error}; install what the example needs: pip install -e '.[demo]'", file=sys.stderr)
     sys.exit(2)

@@ -1,9 +1,10 @@
 """Our own threads over nogil kernels; Numba's threading layers are never started.
 
 Those layers abort when two Python threads use them at once (workqueue) or kill a forked child (omp). A kernel here is serial over
-a range of tasks; this module hands ranges to a few daemon threads that wait on a queue, and the caller works on a share itself.
-Who computes a task never changes its bits.
+a range of tasks; this module cuts the tasks into shares, offers all but one to a few daemon threads that wait on a queue, and the
+caller works too. Who computes a task never changes its bits.
 
+- A share belongs to whoever claims it first. The caller claims what no worker has begun, so nothing ever depends on a worker.
 - A second Python thread that calls while the workers are busy does all of its tasks itself: nothing waits for another's work.
 - A forked child starts with no workers and makes its own at the first call.
 - On an exception, Ctrl-C included, no new piece is started and the call returns only after the workers have stopped writing.
@@ -16,6 +17,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,47 +30,98 @@ Kernel = Callable[[int, int, int], object]
 class _Share:
     """A contiguous range of tasks, done in pieces so that a stop is noticed between them."""
 
-    def __init__(self, kernel: Kernel, thread: int, first: int, last: int, piece: int) -> None:
-        self.kernel, self.thread, self.first, self.last, self.piece = kernel, thread, first, last, piece
-        self.stop = False
+    def __init__(self, call: _Call, thread: int, first: int, last: int) -> None:
+        self.call, self.thread, self.first, self.last = call, thread, first, last
+        self.owner: dict[str, str] = {}
+        self.finished = False  # by a worker
         self.error: BaseException | None = None
         self.done = threading.Lock()
         self.done.acquire()
 
+    def claim(self, who: str) -> bool:
+        """Whether the share is ("caller" or "worker") who's. One atomic step, and asking again gives the same answer."""
+        return self.owner.setdefault("owner", who) == who
+
     def work(self) -> None:
-        first = self.first
-        while first < self.last and not self.stop:
-            last = min(first + self.piece, self.last)
-            self.kernel(self.thread, first, last)
+        call, first = self.call, self.first
+        while first < self.last and not call.stop:
+            last = min(first + call.piece, self.last)
+            call.kernel(self.thread, first, last)
             first = last
 
     def work_and_report(self) -> None:
+        if not self.claim("worker"):
+            return
         try:
             self.work()
         except BaseException as error:  # raised again in the calling thread
             self.error = error
         finally:
+            self.finished = True
             self.done.release()
+
+    def wait(self) -> None:
+        """Return once no worker is at this share, nor will be. An interrupted wait can be repeated."""
+        if not self.claim("caller"):
+            while not self.finished:
+                self.done.acquire()
+
+
+class _Call:
+    """One kernel over a range of tasks, in as many shares as there are threads."""
+
+    def __init__(self, kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
+        self.kernel, self.piece, self.stop = kernel, piece, False
+        bounds = [tasks * k // threads for k in range(threads + 1)]
+        self.shares = [_Share(self, k, bounds[k], bounds[k + 1]) for k in range(threads)]
+
+    def settle(self) -> None:
+        """Return once no worker is at work, however often Ctrl-C is pressed meanwhile."""
+        while True:
+            try:
+                for share in self.shares:
+                    share.wait()
+                return
+            except BaseException:
+                self.stop = True  # the exception that matters is on its way up already
+
+    def raise_errors(self) -> None:
+        """Raise the first error of a worker."""
+        for share in self.shares:
+            error, share.error = share.error, None
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error  # or the frame and the error would keep each other, and the call's arrays, alive
 
 
 class _Pool:
     """Daemon threads, each with a queue of shares."""
 
     def __init__(self) -> None:
-        self.busy = threading.Lock()
+        # The call that the workers are at. Not a lock: Ctrl-C between acquiring one and noting it would leave it locked for ever.
+        self.at: dict[str, _Call] = {}
         self.queues: list[SimpleQueue[_Share]] = []
 
-    def grow(self, workers: int) -> int:
-        """Try to have this many workers; how many there are."""
+    def take(self, call: _Call) -> bool:
+        """Whether the workers are for this call; False where they are busy with another."""
+        return self.at.setdefault("call", call) is call
+
+    def give_back(self, call: _Call) -> None:
+        if self.at.get("call") is call:
+            del self.at["call"]
+
+    def grow(self, workers: int) -> None:
+        """Try to have this many workers."""
         while len(self.queues) < workers:
             queue: SimpleQueue[_Share] = SimpleQueue()
             thread = threading.Thread(target=_serve, args=(queue,), name=f"fastbn-{len(self.queues) + 1}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # the interpreter is shutting down, or the system allows no more threads
-                break
+                return
             self.queues.append(queue)
-        return min(workers, len(self.queues))
 
 
 def _serve(queue: SimpleQueue[_Share]) -> None:
@@ -79,14 +133,20 @@ def _serve(queue: SimpleQueue[_Share]) -> None:
 
 _pool = _Pool()
 
+# Held while kernels' modules are imported, which takes a second at first and starts with Numba: a child forked meanwhile would
+# inherit modules that are half there, and import locks of a thread that it does not have.
+importing = threading.RLock()
 
-def _forget_workers() -> None:
+
+def _start_afresh() -> None:
     global _pool
     _pool = _Pool()
+    _default_threads.cache_clear()  # a child may be pinned to other processors than its parent
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_workers)
+    os.register_at_fork(after_in_child=_start_afresh)
+    os.register_at_fork(before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release)
 
 
 def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
@@ -99,70 +159,73 @@ def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
     """
     pool = _pool
     threads = min(threads, tasks)
-    if threads <= 1 or sys.is_finalizing() or not pool.busy.acquire(blocking=False):
-        return _Share(kernel, 0, 0, tasks, piece).work()
+    if threads <= 1 or sys.is_finalizing():
+        threads = 1
+    call = _Call(kernel, tasks, piece, threads)
     try:
-        threads = 1 + pool.grow(threads - 1)
-        bounds = [tasks * k // threads for k in range(threads + 1)]
-        shares = [_Share(kernel, k, bounds[k], bounds[k + 1], piece) for k in range(threads)]
-        error: BaseException | None = None
-        started = 0
         try:
-            for queue, share in zip(pool.queues, shares[1:], strict=False):
-                queue.put(share)
-                started += 1
-            shares[0].work()
-        except BaseException as raised:
-            error = raised
-        for share in shares[1 : 1 + started]:
-            error = _wait(share, shares, error)
+            if threads > 1 and pool.take(call):
+                pool.grow(threads - 1)
+                for queue, share in zip(pool.queues, call.shares[1:], strict=False):
+                    queue.put(share)
+            for share in call.shares:
+                if share.claim("caller"):
+                    share.work()
+            for share in call.shares:
+                share.wait()
+        except BaseException:
+            call.stop = True
+            raise
+        finally:
+            call.settle()
     finally:
-        pool.busy.release()
-    if error is not None:
-        raise error
-    return None
+        call.settle()  # again: a second Ctrl-C may have struck on the way into the first
+        pool.give_back(call)
+    call.raise_errors()
 
 
-def _wait(share: _Share, shares: list[_Share], error: BaseException | None) -> BaseException | None:
-    """Wait until a share is done, come what may; the first error so far."""
-    while True:
-        if error is not None:
-            for other in shares:
-                other.stop = True
-        try:
-            share.done.acquire()
-            return error or share.error
-        except BaseException as raised:  # Ctrl-C while waiting: stop the others, then wait on
-            error = error or raised
-
-
-def _quota() -> int | None:
-    """Whole processors that the control group grants, if it limits them."""
+def _text(path: Path) -> str:
+    """A small file's text; empty if there is no such file."""
     try:
-        unified = Path("/sys/fs/cgroup/cpu.max")
-        if unified.exists():
-            quota, period = unified.read_text().split()[:2]
-        else:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
-        return max(1, ceil(int(quota) / int(period))) if int(quota) > 0 else None
-    except (OSError, ValueError):  # "max", or no such file: unlimited
-        return None
+        return path.read_text()
+    except OSError:
+        return ""
 
 
-def _available() -> int:
-    """Processors this process may use: affinity, then the control group's quota."""
+def _quota(root: Path = Path("/")) -> int | None:
+    """Whole processors that the control groups of this process grant, rounded up; None if they set no limit.
+
+    Reads cgroup v2 (``cpu.max``) and v1 (``cpu.cfs_quota_us``), for the process's group and all groups above it.
+    """
+    limits = []
+    for line in _text(root / "proc/self/cgroup").splitlines() or ["0::/"]:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        inner = top / group.strip("/")  # in a container it may not be there; `top` is
+        for folder in (inner, *inner.parents):
+            v1 = _text(folder / "cpu.cfs_quota_us") + " " + _text(folder / "cpu.cfs_period_us")
+            with suppress(ValueError, ZeroDivisionError):  # "max", or no such files: no limit
+                quota, period = (int(word) for word in (_text(folder / "cpu.max") or v1).split())
+                if quota > 0:
+                    limits.append(max(1, ceil(quota / period)))
+            if folder == top:
+                break
+    return min(limits, default=None)
+
+
+@lru_cache(maxsize=1)
+def _default_threads() -> int:
+    """The smallest of affinity, control groups' quota and FASTBN_NUM_THREADS."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(affinity, _quota() or affinity)
-
-
-def _from_environment() -> int:
+    available = min(affinity, _quota() or affinity)
     text = os.environ.get("FASTBN_NUM_THREADS", "")
     if not text:
-        return _available()
+        return available
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"FASTBN_NUM_THREADS is {text!r}; set it to a whole number from 1 up, or unset it")
-    return min(int(text), _available())
+    return min(int(text), available)
 
 
 _threads: int | None = None
@@ -171,18 +234,15 @@ _threads: int | None = None
 def get_num_threads() -> int:
     """How many threads a large call uses.
 
-    The smallest of the processors this process may run on, its control group's quota, and FASTBN_NUM_THREADS, unless
-    `set_num_threads` was called.
+    The smallest of the processors this process may run on, its control groups' quota, and FASTBN_NUM_THREADS, unless
+    `set_num_threads` was called. Looked up once, and again in a forked child.
 
     Raises
     ------
     ValueError
         FASTBN_NUM_THREADS is not a whole number from 1 up.
     """
-    global _threads
-    if _threads is None:
-        _threads = _from_environment()
-    return _threads
+    return _threads or _default_threads()
 
 
 def set_num_threads(n: int) -> None:

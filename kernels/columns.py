@@ -41,7 +41,9 @@ from fastbn.kernels.simd import (
 )
 from fastbn.kernels.variants import inline
 
-TILE = 8  # rows in flight; 4, 8 and 16 differ by less than the noise, 1 costs 1.5 times as much
+import os
+TILE = int(os.environ.get('GT','8'))
+NTILE = int(os.environ.get('NT','8'))
 
 # Rows of a thread's scratch: constants and accumulators by column.
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
@@ -239,8 +241,8 @@ def normalise_tile(x, y, residual, mask, relu, first, last, column, width, scrat
 def normalise_rows(x, y, residual, mask, relu, first, last, rest, column, width, scratch, streamed):
     """Rows first..last of a strip, and the `rest` columns of row `last`."""
     head = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
-    for r in range(first, last, TILE):
-        normalise_tile(x, y, residual, mask, relu, r, min(r + TILE, last), column, width, scratch, streamed, head)
+    for r in range(first, last, NTILE):
+        normalise_tile(x, y, residual, mask, relu, r, min(r + NTILE, last), column, width, scratch, streamed, head)
     if rest > 0:
         normalise_tile(x, y, residual, mask, relu, last, last + 1, column, rest, scratch, False, 0)
 

@@ -30,6 +30,7 @@ from fastbn.kernels.simd import (
     load_some,
     moved,
     only,
+    prefetch,
     pointer_of,
     put_bits,
     row_stride,
@@ -45,6 +46,8 @@ from fastbn.kernels.variants import inline
 SUM, SQUARE, WEIGHT = 0, LANES, 2 * LANES
 SHIFT, COUNT, AVERAGE, M2 = range(3 * LANES, 3 * LANES + 4)
 SCRATCH = 4 * LANES
+
+PREFETCH = 4096
 
 
 @inline
@@ -226,7 +229,16 @@ def normalise_plane(xp, yp, rp, mp, relu, start, stop, channel, streamed):
 
 
 @inline
-def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, wp, shift, sums, S):
+def prefetch_run(p, i, left, after):
+    """Ask for p[i], or for what follows in the next run where this one ends after `left` values."""
+    if i < left:
+        prefetch(p, i)
+    else:
+        prefetch(after, i - left)
+
+
+@inline
+def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S):
     """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
     carry = 0
     k = splat(shift)
@@ -236,6 +248,7 @@ def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, wp, shi
     i = 0
     j = head
     while j + LANES <= S:
+        prefetch_run(ahead, i + PREFETCH, left, after)
         sums = gather(ahead, wp, i, k, sums)
         carry = normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry)
         i += LANES
@@ -293,8 +306,9 @@ def forward_planes(
                 if c + group < last:
                     row = c - start
                     ahead, shift = plane(x, n, c + group), scratch[row, SHIFT]
+                    left, after = (min(stop + group, last) - c - group) * S, plane(x, n + 1, start + group)
                     sums = load_sums(scratch, row)
-                    sums = normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, wp, shift, sums, S)
+                    sums = normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S)
                     save_sums(scratch, row, sums)
                     if (n + 1) % planes_a_block == 0 or n + 1 == N:
                         close_block(scratch, row, wp, (n % planes_a_block + 1) * S)

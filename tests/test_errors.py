@@ -282,6 +282,30 @@ case(
     "sample_weight",
 )
 
+# What only shows once statistics are about to be taken must still show before `out` is touched.
+case(
+    "one value per channel, with out",
+    "forward",
+    lambda a: {"x": a.x[:1, :, :1, :1].copy(), "out": np.ones((1, 3, 1, 1), np.float32)},
+    ValueError,
+    r"\(1, 3, 1, 1\)",
+)
+for empty_mask in (np.zeros(4, bool), one_value()):
+    case(
+        f"too few values of positive weight, {empty_mask.ndim}-D, with out",
+        "forward",
+        lambda a, w=empty_mask: {"sample_weight": w, "out": np.ones(SHAPE, np.float32)},
+        ValueError,
+        "sample_weight",
+    )
+case(
+    "no running statistics to freeze, with out",
+    "forward",
+    lambda a: {"training": False, "running_mean": None, "running_var": None, "out": np.ones(SHAPE, np.float32)},
+    ValueError,
+    "running",
+)
+
 case("dy of another shape", "backward", lambda a: {"dy": a.dy[:, :, :4]}, ValueError, r"\(4, 3, 4, 6\)", r"\(4, 3, 5, 6\)")
 case(
     "dy of one channel, to be broadcast",

@@ -17,8 +17,7 @@ def array_module(device):
         cupy = importlib.import_module("cupy")
     except ImportError as error:
         raise DeviceError(
-            f"--device {device} needs CuPy ({error}): pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', "
-            "or use --device cpu"
+            f"--device {device} needs CuPy ({error}): pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', or use --device cpu"
         ) from error
     try:
         cupy.zeros(1)

@@ -68,7 +68,7 @@ def train(xp, data, *, batch_norm, seed, epochs, lr, batch_size, progress=True):
             total += loss
         synchronise(xp)
         seconds, normalisation = time.perf_counter() - start, network.seconds["BatchNorm"]
-        accuracy = test_accuracy(network.eval(), data.test_images, data.test_labels)
+        accuracy = evaluate(network.eval(), data.test_images, data.test_labels)
         history.append(Epoch(float(total) / len(batches), accuracy, seconds, normalisation))
     return history
 
@@ -79,7 +79,7 @@ def epoch_batches(rng, n, batch_size):
     return rng.permutation(n)[: count * batch_size].reshape(count, batch_size)
 
 
-def test_accuracy(network, images, labels):
+def evaluate(network, images, labels):
     """Share of the images whose largest score is that of their label."""
     right = 0
     for start in range(0, len(labels), EVALUATION_BATCH):

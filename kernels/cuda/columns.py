@@ -12,7 +12,7 @@ where squares overflow float32. Bits depend on the shape alone.
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 from numba import float32, float64, int32, int64, uint32
 
@@ -20,7 +20,7 @@ from fastbn.kernels.cuda.blocks import divide, is_last_block
 from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats
 from fastbn.kernels.cuda.planes import SMALL, put_partial
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import TILE, merge, tile_normalise
+from fastbn.kernels.cuda.tiles import merge, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
 
 
@@ -39,11 +39,11 @@ def valid_rows(row, rows, high, per_tile):
     return min(left, per_tile)
 
 
-@lru_cache(maxsize=None)
+@cache
 def row_access(kind, lanes):
     """load_rows(x, tile, row, count, high, C, c): `count` rows of one vector; whole tiles without a branch between the loads."""
     load, _ = access(kind, lanes)
-    per_tile = TILE // lanes
+    per_tile = tile_size(kind.compute) // lanes
 
     @device
     def load_rows(x, tile, row, count, high, C, c):
@@ -58,10 +58,10 @@ def row_access(kind, lanes):
     return load_rows
 
 
-@lru_cache(maxsize=None)
+@cache
 def lane_moments(T, lanes):
     """moments(tile, count, shift, scale, n, mean, m2): merge `count` rows of a tile into each lane's moments; tile is overwritten."""
-    per_tile = TILE // lanes
+    per_tile = tile_size(T) // lanes
 
     @device
     def moments(tile, count, shift, scale, n, mean, m2):
@@ -99,7 +99,7 @@ def add_columns(values, columns, high, out):
     cuda.syncthreads()
 
 
-@lru_cache(maxsize=None)
+@cache
 def merge_columns(columns, groups):
     """merge_columns(partials, column_tile, ...): moments of a tile's channels over all splits, `groups` threads a channel, in order."""
     merge_cells = groups * columns
@@ -152,11 +152,12 @@ def merge_columns(columns, groups):
     return merge_columns
 
 
-@lru_cache(maxsize=None)
+@cache
 def stats_columns(kind, lanes, threads, wide):
     """The kernel for arrays of `kind` with blocks of `threads` threads, `wide` vectors across."""
     T = kind.compute
-    rescale = T == float32
+    TILE = tile_size(T)
+    rescale = float32 == T
     load_rows = row_access(kind, lanes)
     moments = lane_moments(T, lanes)
     per_tile = TILE // lanes
@@ -251,10 +252,11 @@ def stats_columns(kind, lanes, threads, wide):
     return stats_columns
 
 
-@lru_cache(maxsize=None)
+@cache
 def normalise_columns(kind, lanes, threads, wide, relu, residual):
     """The kernel for arrays of `kind`; `relu` writes one word of the mask a tile, `residual` is added before it."""
     T = kind.compute
+    TILE = tile_size(T)
     _, store = access(kind, lanes)
     load_rows = row_access(kind, lanes)
     normalise = tile_normalise(T, relu, residual)

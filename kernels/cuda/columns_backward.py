@@ -6,7 +6,7 @@ Versions
 2. (here) the blocks and tiles of columns.py, and the two launches of planes_backward.py: sums, then dx.
 """
 
-from functools import lru_cache
+from functools import cache
 
 from numba import float64, int32, int64
 
@@ -14,14 +14,15 @@ from fastbn.kernels.cuda.blocks import divide, is_last_block
 from fastbn.kernels.cuda.channels import DA, DB, DC, HI, INV, LO, finish_backward
 from fastbn.kernels.cuda.columns import add_columns, place, row_access, valid_rows
 from fastbn.kernels.cuda.target import cuda
-from fastbn.kernels.cuda.tiles import TILE, exact_sum, tile_gradient, tile_masked
+from fastbn.kernels.cuda.tiles import exact_sum, tile_gradient, tile_masked, tile_size
 from fastbn.kernels.cuda.vectors import access
 
 
-@lru_cache(maxsize=None)
+@cache
 def reduce_columns(kind, lanes, threads, wide, relu):
     """The kernel for arrays of `kind`: the sums of dy and of dy * xhat, then all that follows from them; `relu` reads the mask."""
     T = kind.compute
+    TILE = tile_size(T)
     load_rows = row_access(kind, lanes)
     masked = tile_masked(T)
     per_tile = TILE // lanes
@@ -125,10 +126,11 @@ def reduce_columns(kind, lanes, threads, wide, relu):
     return reduce_columns
 
 
-@lru_cache(maxsize=None)
+@cache
 def apply_columns(kind, lanes, threads, wide, relu, residual, frozen):
     """The kernel for arrays of `kind`: dx; `residual` writes the gradient before the normalisation too; `frozen` needs no x."""
     T = kind.compute
+    TILE = tile_size(T)
     _, store = access(kind, lanes)
     load_rows = row_access(kind, lanes)
     gradient = tile_gradient(T, frozen)

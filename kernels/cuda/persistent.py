@@ -13,7 +13,7 @@ corrected (Chan, Golub and LeVeque 1983, eq. 1.7). Loops have constant bounds: t
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 from numba import float32, float64, int64, uint32
 
@@ -21,11 +21,11 @@ from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide
 from fastbn.kernels.cuda.channels import DA, DB, DC, HI, INV, LO, SCALE_T, SHIFT, finish_backward, finish_stats
 from fastbn.kernels.cuda.planes import SMALL, advance, first_vector, steps, valid_vectors
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import TILE, tile_normalise
+from fastbn.kernels.cuda.tiles import tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
 
 
-@lru_cache(maxsize=None)
+@cache
 def channel_access(kind, lanes, held):
     """(load_channel, load_one): a thread's share of a channel from memory; load_one reads the single value at an address."""
     load, _ = access(kind, lanes)
@@ -53,7 +53,7 @@ def keep_steps(kept, step, step_s, wrap):
         kept[2] = wrap
 
 
-@lru_cache(maxsize=None)
+@cache
 def sums_around(T, lanes, held):
     """sums_around(values, count, centre, scale): the sums of e and e**2, e = value * scale - centre, over `count` vectors."""
 
@@ -76,11 +76,12 @@ def sums_around(T, lanes, held):
     return sums_around
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward_planes(kind, lanes, held, relu, residual):
     """The kernel for arrays of `kind`: statistics, y and running statistics of channel blockIdx.x."""
     T = kind.compute
-    rescale = T == float32
+    TILE = tile_size(T)
+    rescale = float32 == T
     _, store = access(kind, lanes)
     load_channel, load_one = channel_access(kind, lanes, held)
     group = 4  # vectors of the residual in registers
@@ -158,10 +159,11 @@ def forward_planes(kind, lanes, held, relu, residual):
     return forward_planes
 
 
-@lru_cache(maxsize=None)
+@cache
 def backward_planes(kind, lanes, held, relu, residual):
     """The kernel for arrays of `kind`: dgamma, dbeta and dx of channel blockIdx.x; `residual` writes the gradient before it too."""
     T = kind.compute
+    TILE = tile_size(T)
     _, store = access(kind, lanes)
     load_channel, _ = channel_access(kind, lanes, held)
     halves = held // (TILE // 2)  # `held` is a multiple of half a word's bits

@@ -5,7 +5,7 @@ So do the bits of the result: neither the GPU's number of multiprocessors nor it
 
 from dataclasses import dataclass
 
-TILE = 32  # elements of a thread's tile: kernels/cuda/tiles.py
+TILE = {"float32": 32, "float64": 16, "float16": 32, "bfloat16": 32}  # elements of a thread's tile: kernels/cuda/tiles.py
 LANES = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
 
 
@@ -76,7 +76,7 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
     'columns'
     """
     sizes = sizes or DEFAULT
-    full = LANES[dtype]
+    full, tile = LANES[dtype], TILE[dtype]
     if S > 1:
         lanes = full if aligned and S % full == 0 else 1
         values = N * S
@@ -85,17 +85,17 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
         if not held:
             threads = sizes.threads
         # A small channel takes a small block: one warp holds 1024 elements.
-        while threads > sizes.smallest and threads // 2 * TILE >= values:
+        while threads > sizes.smallest and threads // 2 * tile >= values:
             threads //= 2
         held_backward = next((h // 2 for h in choices if held and values * 2 <= threads * h), 0)
-        tiles = _ceil(values, threads * TILE)
+        tiles = _ceil(values, threads * tile)
         splits, chunk = _split(tiles, _ceil(sizes.blocks, C))
         return Plan("planes", lanes, threads, 0, splits, chunk, C, C * tiles * threads, held, held_backward)
     lanes = full if aligned and C % full == 0 else 1
     wide = sizes.wide * (2 if lanes == 1 else 1)
     while wide > 1 and (wide // 2) * lanes >= C:
         wide //= 2
-    rows_a_tile = (sizes.threads // wide) * (TILE // lanes)
+    rows_a_tile = (sizes.threads // wide) * (tile // lanes)
     column_tiles = _ceil(C, wide * lanes)
     tiles = _ceil(N, rows_a_tile)
     wanted = min(_ceil(sizes.blocks, column_tiles), max(1, tiles // sizes.tall))
@@ -105,7 +105,7 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
 
 def _held(values: int, C: int, dtype: str, sizes: Sizes, choices: tuple[int, ...]) -> tuple[int, int]:
     """(elements that a thread holds of a channel, threads); 0 where a channel does not fit or would leave the GPU idle."""
-    if dtype == "float64" or (C < sizes.persistent_channels and values > sizes.persistent_small):
+    if dtype == "float64" or (sizes.persistent_channels > C and values > sizes.persistent_small):
         return 0, sizes.threads
     held = next((h for h in choices if values <= sizes.persistent_threads * h), 0)
     return held, sizes.persistent_threads

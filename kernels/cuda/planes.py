@@ -15,14 +15,14 @@ x scaled by a power of two. Bits depend on the shape alone.
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 from numba import float32, float64, int32, int64, uint32
 
 from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide, is_last_block
 from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import TILE, merge, tile_moments, tile_normalise
+from fastbn.kernels.cuda.tiles import merge, tile_moments, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
 
 # The scale of the second attempt: squares of 3e38 * 2**-80, summed over 2**31 values, are finite in float32.
@@ -64,11 +64,11 @@ def valid_vectors(j, vectors, per_tile):
     return min(left, per_tile)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_access(kind, lanes):
     """(load_tile, load_some): a thread's tile from memory; returns the address and s of the tile after it."""
     load, _ = access(kind, lanes)
-    per_tile = TILE // lanes
+    per_tile = tile_size(kind.compute) // lanes
 
     @device
     def load_tile(x, tile, address, s, SV, step, step_s, wrap):
@@ -88,7 +88,7 @@ def tile_access(kind, lanes):
     return load_tile, load_some
 
 
-@lru_cache(maxsize=None)
+@cache
 def merge_threads(T):
     """merge_threads(n, shift, mean, m2, scratch): (count, centre, s1, s2), the sums of a block's deviations around a centre near its mean.
 
@@ -145,11 +145,12 @@ def merge_partials(partials, first, splits, scratch):
     return count, shift, offset + average, s2 - average * s1
 
 
-@lru_cache(maxsize=None)
+@cache
 def stats_planes(kind, lanes):
     """The kernel for arrays of `kind`, read `lanes` elements at a time."""
     T = kind.compute
-    rescale = T == float32
+    TILE = tile_size(T)
+    rescale = float32 == T
     per_tile = TILE // lanes
     load_tile, load_some = tile_access(kind, lanes)
     moments, moments_some = tile_moments(T)
@@ -214,10 +215,11 @@ def stats_planes(kind, lanes):
     return stats_planes
 
 
-@lru_cache(maxsize=None)
+@cache
 def normalise_planes(kind, lanes, relu, residual):
     """The kernel for arrays of `kind`; `relu` writes one word of the mask a tile, `residual` is added before it."""
     T = kind.compute
+    TILE = tile_size(T)
     load, store = access(kind, lanes)
     load_tile, load_some = tile_access(kind, lanes)
     normalise = tile_normalise(T, relu, residual)

@@ -11,15 +11,15 @@ Tiles, blocks and the order of work are those of planes.py. A thread adds its ti
 (Knuth 1969), since a sum of equal terms rounds to the same side each time.
 """
 
-from functools import lru_cache
+from functools import cache
 
-from numba import float64, int32, int64, uint32
+from numba import float64, int32, int64
 
 from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide, is_last_block
 from fastbn.kernels.cuda.channels import DA, DB, DC, HI, INV, LO, finish_backward
 from fastbn.kernels.cuda.planes import advance, first_vector, steps, tile_access, valid_vectors
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import TILE, exact_sum, tile_gradient, tile_masked, tile_sums
+from fastbn.kernels.cuda.tiles import exact_sum, tile_gradient, tile_masked, tile_size, tile_sums
 from fastbn.kernels.cuda.vectors import access
 
 
@@ -35,10 +35,11 @@ def merge_sums(partials, first, splits, scratch):
     return block_sums(a, b, scratch)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reduce_planes(kind, lanes, relu):
     """The kernel for arrays of `kind`: the sums of dy and of dy * xhat, then all that follows from them; `relu` reads the mask."""
     T = kind.compute
+    TILE = tile_size(T)
     per_tile = TILE // lanes
     load_tile, load_some = tile_access(kind, lanes)
     sums = tile_sums(T)
@@ -101,10 +102,11 @@ def reduce_planes(kind, lanes, relu):
     return reduce_planes
 
 
-@lru_cache(maxsize=None)
+@cache
 def apply_planes(kind, lanes, relu, residual, frozen):
     """The kernel for arrays of `kind`: dx; `residual` writes the gradient before the normalisation too; `frozen` needs no x."""
     T = kind.compute
+    TILE = tile_size(T)
     per_tile = TILE // lanes
     _, store = access(kind, lanes)
     load_tile, load_some = tile_access(kind, lanes)

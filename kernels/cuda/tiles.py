@@ -1,4 +1,4 @@
-"""What a thread does with the values in its registers: a tile of TILE elements, held in a local array that the compiler keeps there.
+"""What a thread does with the values in its registers: a tile of TILE elements (`tile_size`), held in a local array that the compiler keeps there.
 
 Versions
 --------
@@ -9,26 +9,30 @@ Versions
 Loops have constant bounds: they must unroll, or the tile would go to memory.
 """
 
-from functools import lru_cache
+from functools import cache
 
-from numba import uint32
+from numba import float64, uint32
 
 from fastbn.kernels import formulas
 from fastbn.kernels.cuda.target import cuda, device
 
-# Elements that a thread reads before it uses them: 128 bytes of float32 in flight, and the bits of one word of the mask.
-TILE = 32
+
+def tile_size(T):
+    """Elements that a thread reads before it uses them: 128 bytes in flight, and no more than the bits of one word of the mask."""
+    return 16 if float64 == T else 32
+
 
 merge = device(formulas.merge)
 exact_sum = device(formulas.exact_sum)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_moments(T):
     """moments(tile, shift, scale, valid): mean and M2 of scale * tile - shift over its first `valid` elements; tile is overwritten.
 
     Two functions: for a whole tile, and for one whose end is not valid.
     """
+    TILE = tile_size(T)
     share = T(1.0 / TILE)
 
     @device
@@ -65,12 +69,13 @@ def tile_moments(T):
     return whole, some
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_normalise(T, relu, residual):
     """normalise(tile, k, added, i, hi, lo, scale, shift, word): y of element k (plus added[i]) in place, its bit set in the mask's word.
 
     A NaN passes the activation, and so does its gradient.
     """
+    TILE = tile_size(T)
 
     @device
     def normalise(tile, k, added, i, hi, lo, scale, shift, word):
@@ -88,9 +93,10 @@ def tile_normalise(T, relu, residual):
     return normalise
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_masked(T):
     """masked(dy, word): the elements of dy whose bit in the mask's word is 0 become 0, in place."""
+    TILE = tile_size(T)
 
     @device
     def masked(dy, word):
@@ -101,9 +107,10 @@ def tile_masked(T):
     return masked
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_sums(T):
     """sums(x, dy, hi, lo, invstd, valid): the sums of dy and of dy * xhat over the first `valid` elements of two tiles."""
+    TILE = tile_size(T)
 
     @device
     def sums(x, dy, hi, lo, invstd, valid):
@@ -121,7 +128,7 @@ def tile_sums(T):
     return sums
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_gradient(T, frozen):
     """gradient(x, dy, k, ...): dx of element k, in place of dy."""
 

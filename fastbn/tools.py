@@ -1,0 +1,376 @@
+"""What fastbn would do and where it runs: `explain` an array, `show_config`, `warmup`."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import chain, combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks, cpu, dispatch, layout
+from fastbn.dispatch import TABLE
+
+Array = NDArray[Any]
+
+# What the dtypes' kernels are called in messages, and the features that `warmup` knows.
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+FEATURES = ("relu", "residual", "weights")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found out about an array; printing it gives the text.
+
+    Attributes
+    ----------
+    shape, dtype, axis
+        The array's; axis counts from the front.
+    family : str
+        How the kernels see it: ``"planes"`` or ``"columns"`` (see fastbn/layout.py), or ``"empty"``.
+    N, C, S : int
+        Rows, channels, contiguous values of a channel.
+    fold : int
+        Columns: rows that are read as one.
+    road, backward_road : str
+        How the memory is crossed: ``"channels"``, ``"strips"`` or ``"sweeps"`` (see fastbn/dispatch.py).
+    group, blocks : int
+        Channels that are worked on together; blocks of a channel that are summed apart and then merged.
+    kernels : mapping of str to tuple of str
+        For ``"training forward"``, ``"inference"`` and ``"backward"``: the kernels that run, in order.
+    threads : int
+        How many this array would use.
+    streamed : bool
+        Whether y is written around the caches.
+    copied : bool
+        Whether x is copied first, whole, in every call.
+    reason : str
+        Why it is, and what to do about it; or why not.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int
+    family: str
+    N: int
+    C: int
+    S: int
+    fold: int
+    road: str
+    backward_road: str
+    group: int
+    blocks: int
+    kernels: Mapping[str, tuple[str, ...]]
+    threads: int
+    streamed: bool
+    copied: bool
+    reason: str
+
+    def __str__(self) -> str:
+        if self.family == "empty":
+            return f"x: {self.dtype} {self.shape}, channels on axis {self.axis}\nempty: no kernel runs, nothing is copied"
+        folded = f", {self.fold} rows read as one" if self.fold > 1 else ""
+        threads = f"{self.threads} thread" + "s" * (self.threads > 1)
+        lines = {
+            "x": f"{self.dtype} {self.shape}, channels on axis {self.axis}",
+            "layout": f"{self.family}, N={self.N} C={self.C} S={self.S}{folded}",
+            "road": f"{self.road} forward, {self.backward_road} backward; groups of {self.group}, {self.blocks} blocks a channel",
+            "threads": f"{threads}; y is {'streamed past the caches' if self.streamed else 'written through the caches'}",
+            **{name: " -> ".join(names) for name, names in self.kernels.items()},
+            "copied": f"{'yes' if self.copied else 'no'}: {self.reason}",
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanation:
+    """Say what the functions would do with x: layout, kernels, threads, and whether x would be copied. Computes nothing.
+
+    Parameters
+    ----------
+    x : array
+        As in `batch_norm_forward`. Residuals and gradients are copied for the same reasons, or where their axes lie in another order
+        in memory than those of x.
+    axis : int
+        The channel axis.
+    sample_weight : bool
+        Whether there would be sample weights.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an array that the functions would not take either.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.zeros((32, 64, 56, 56), np.float32)
+    >>> e = fastbn.explain(x)
+    >>> e.family, e.N, e.C, e.S, e.copied
+    ('planes', 32, 64, 3136, False)
+    >>> fastbn.explain(x[..., :-1]).copied
+    True
+    """
+    x, dtype, axis = checks.x_and_axis(x, axis)
+    if x.size == 0:
+        nothing: dict[str, tuple[str, ...]] = {"training forward": (), "inference": (), "backward": ()}
+        return Explanation(
+            x.shape, dtype, axis, "empty", 0, x.shape[axis], 0, 1, "none", "none", 0, 0, nothing, 1, False, False, "x is empty"
+        )
+    as_read, reason = _as_read(x)
+    p = layout.plan(x.shape, as_read, axis, x.itemsize, bool(sample_weight))
+    frame = cpu.Frame(x.shape, axis, dtype, x.itemsize, p)
+    if not reason and p.copied:
+        reason = _why_strides(x)
+    forward, backward = dispatch.schedule(p, x.itemsize, 1), dispatch.schedule(p, x.itemsize, 2)
+    dense = layout.dense_strides(p.order, x.shape, x.itemsize)
+    y = layout.tensor_strides(p, axis, x.shape, dense, x.itemsize)
+    assert y is not None
+    return Explanation(
+        shape=x.shape,
+        dtype=dtype,
+        axis=axis,
+        family=p.family,
+        N=p.N,
+        C=p.C,
+        S=p.S,
+        fold=p.fold,
+        road=forward.road,
+        backward_road=backward.road,
+        group=forward.group,
+        blocks=forward.blocks,
+        kernels={
+            "training forward": TABLE["forward", p.family, forward.road],
+            "inference": TABLE["inference", p.family, "sweeps"],
+            "backward": TABLE["backward", p.family, backward.road],
+        },
+        threads=dispatch.threads_for(x.size),
+        streamed=cpu._streamed((0, *y), frame, False),  # a large y is allocated at a multiple of a cache line
+        copied=bool(reason),
+        reason=reason or "the kernels read x where it is",
+    )
+
+
+def _as_read(x: Array) -> tuple[tuple[int, ...], str]:
+    """The strides with which x reaches the layout, and why it is copied before, or ''. The copy is what `cpu.native` makes."""
+    if x.dtype.isnative and x.flags.aligned:
+        return x.strides, ""
+    if not x.dtype.isnative:
+        foreign = "big" if sys.byteorder == "little" else "little"
+        reason = f"its bytes are in {foreign}-endian order; store it as x.astype(x.dtype.newbyteorder('='))"
+    else:
+        reason = f"its address or strides are no multiples of {x.dtype.alignment} bytes (unaligned); store it as x.copy()"
+    # Like ndarray.astype(order="K"), which keeps the order of the axes: layout.axis_order says in which order they lie.
+    return layout.dense_strides(layout.axis_order(x.shape, x.strides), x.shape, x.itemsize), reason
+
+
+def _why_strides(x: Array) -> str:
+    long = [(n, s) for n, s in zip(x.shape, x.strides, strict=True) if n > 1]
+    if any(s == 0 for _, s in long):
+        what = "have a zero (a broadcast array)"
+    elif any(s < 0 for _, s in long):
+        what = "have a negative one (a reversed array)"
+    else:
+        what = "leave gaps inside a channel's values"
+    return f"its strides {x.strides} {what}; store it as numpy.ascontiguousarray(x)"
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+def show_config() -> None:
+    """Print versions, threads, SIMD instructions, the cache's folder and the GPUs: what a bug report needs.
+
+    CuPy is imported where it is installed, to ask for the GPUs.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.show_config()  # doctest: +ELLIPSIS
+    fastbn   ...
+    """
+    lines = config()
+    width = max(map(len, lines))
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
+
+
+def config() -> dict[str, str]:
+    """What `show_config` prints, by name."""
+    from fastbn import __version__
+    from fastbn.threads import get_num_threads
+
+    return {
+        "fastbn": __version__,
+        "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        **{name: _version(name) for name in ("numpy", "numba", "llvmlite", "ml_dtypes")},
+        "cupy": _version("cupy", "cupy-cuda12x", "cupy-cuda13x"),
+        "numba-cuda": _version("numba-cuda"),
+        "threads": f"{get_num_threads()} (FASTBN_NUM_THREADS, fastbn.set_num_threads)",
+        "simd": _simd(),
+        "cache": _cache(),
+        "gpus": _gpus(),
+    }
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+# LLVM's names of the widest vector instructions, and their bits.
+SIMD = (("avx512f", "AVX-512", 512), ("avx2", "AVX2", 256), ("avx", "AVX", 256), ("sse2", "SSE2", 128), ("neon", "NEON", 128))
+
+
+def _simd() -> str:
+    """What LLVM, and so Numba, takes the processor for."""
+    from llvmlite import binding
+
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know this system
+        features = {}
+    found = [(name, bits) for key, name, bits in SIMD if features.get(key)]
+    name, bits = found[0] if found else ("unknown", 0)
+    fma = ", FMA" if features.get("fma") else ""
+    return f"{name}{fma}, {bits} bits, {binding.get_host_cpu_name()}" if bits else f"unknown, {binding.get_host_cpu_name()}"
+
+
+def _cache() -> str:
+    from fastbn.kernels.cache import folder
+
+    path = folder()
+    if path is None:
+        return "off: FASTBN_CACHE=0, or no folder of your own can be written (FASTBN_CACHE_DIR)"
+    files = list(path.glob("*.fastbn"))
+    return f"{path}, {len(files)} kernels, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB"
+
+
+def _gpus() -> str:
+    if _version("cupy", "cupy-cuda12x", "cupy-cuda13x") == "not installed":
+        return "none: CuPy is not installed (pip install 'fastbn[cuda12]' or 'fastbn[cuda13]')"
+    try:
+        runtime = importlib.import_module("cupy").cuda.runtime
+        found = [runtime.getDeviceProperties(d)["name"].decode() for d in range(runtime.getDeviceCount())]
+    except Exception as error:  # no driver, no library, no device: CuPy raises various things
+        return f"none: {type(error).__name__}: {error}"
+    return ", ".join(f"{k}: {name}" for k, name in enumerate(found)) or "none"
+
+
+# ------------------------------------------------------------------------------------------------------------- warmup
+
+
+def warmup(
+    dtypes: Iterable[str] = ("float32",),
+    ndim: Iterable[int] = (4,),
+    axis: Iterable[int] = (1,),
+    *,
+    features: Iterable[str] = (),
+) -> int:
+    """Compile now what calls with such arrays will need, so that the first of them does not wait.
+
+    With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when you build
+    a container image, or before workers are forked.
+
+    Parameters
+    ----------
+    dtypes : iterable of str
+        Of x: "float32", "float64", "float16", "bfloat16".
+    ndim : iterable of int
+        2 for (N, C), 3 for (N, C, L), 4 for (N, C, H, W), and so on.
+    axis : iterable of int
+        1 for channels first, -1 for channels last.
+    features : iterable of str
+        "relu", "residual", "weights": each combination of those listed is compiled, plain calls too.
+
+    Returns
+    -------
+    int
+        Kernels made ready: compiled, or loaded from the disk cache. 0 if all were.
+
+    Raises
+    ------
+    ValueError
+        For an unknown dtype or feature, fewer than 2 dimensions, an axis out of range.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> n = fastbn.warmup(ndim=[2])
+    >>> fastbn.warmup(ndim=[2])
+    0
+    """
+    dtypes = _several(dtypes)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(map(repr, DTYPES))}")
+    features = _several(features)
+    for feature in features:
+        if feature not in FEATURES:
+            raise ValueError(f"unknown feature {feature!r}; known are {', '.join(map(repr, FEATURES))}")
+    families = _families(tuple(ndim), tuple(axis))
+
+    from fastbn.kernels import variants
+
+    before = len(variants._compiled)
+    for dtype in dtypes:
+        for name, present in _variants(families, features):
+            dispatch._kernel(name, dtype if dispatch.STEPS[name][1] else "float64", present)
+        for running in ("float32", "float64") if dtype == "float64" else ("float32",):
+            dispatch._kernel("update_running", running, ())
+    return len(variants._compiled) - before
+
+
+def _several(names: Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(str(name) for name in names)
+
+
+def _families(ndims: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, ...]:
+    """Families that contiguous arrays belong to: with axes behind the channel axis planes, and columns where these are short."""
+    families = set()
+    for ndim in ndims:
+        if ndim < 2:
+            raise ValueError(f"ndim is {ndim}; arrays have at least 2 dimensions, such as (N, C)")
+        for axis in axes:
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"axis {axis} is out of range for {ndim} dimensions; allowed are {-ndim} to {ndim - 1}")
+            families |= {"columns"} if axis % ndim == ndim - 1 else {"planes", "columns"}
+    return tuple(sorted(families))
+
+
+def _variants(families: tuple[str, ...], features: tuple[str, ...]) -> set[tuple[str, tuple[str, ...]]]:
+    """(kernel, its optional arguments) of every call with any of the features; the mapping is that of cpu.py."""
+    found = set()
+    for chosen in chain.from_iterable(combinations(features, n) for n in range(len(features) + 1)):
+        relu, residual, weights = ("relu" in chosen), ("residual" in chosen), ("weights" in chosen)
+        present = {
+            "forward": cpu._present(residual or None, weights or None, relu or None, relu),
+            "inference": cpu._present(residual or None, None, None, relu),
+            "backward": cpu._present(None, weights or None, relu or None, False, residual or None),
+            "moments": cpu._present(None, weights or None, None, False),
+        }
+        # The forward of a layer in evaluation keeps a mask for its backward; batch_norm_inference does not.
+        frozen = cpu._present(residual or None, None, relu or None, relu)
+        for (operation, family, _), names in TABLE.items():
+            if family not in families or operation not in present:
+                continue
+            for name in names:
+                split = dispatch.STEPS[name][1]
+                found.add((name, dispatch.accepted(name, present[operation]) if split else ()))
+                if operation == "inference" and split:
+                    found.add((name, dispatch.accepted(name, frozen)))
+    return found

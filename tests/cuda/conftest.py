@@ -1,0 +1,85 @@
+"""Fixtures of the GPU tests. They run on Numba's CUDA simulator: NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda
+
+The simulator must be chosen before Numba is imported, so these tests want a process of their own; without the variable only the tests
+that need no kernel are collected. Compiling for a real GPU (test_ptx.py) happens in subprocesses without the variable.
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+if SIMULATED:
+    sys.setswitchinterval(1e-6)  # simulated threads take turns often: 20 times faster
+else:
+    collect_ignore = ["test_forward.py", "test_backward.py", "test_blocks.py", "test_host.py"]
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """fastbn.cuda_backend with blocks of 8 threads (two warps of 4), so that small inputs cross warp, block and tile edges."""
+    from fastbn import cuda_backend
+    from fastbn.kernels.cuda import plan
+
+    def choose(persistent):
+        sizes = plan.Sizes(
+            threads=8, smallest=4, blocks=6, wide=2, tall=1, persistent=(32, 64) if persistent else (), persistent_threads=8,
+            persistent_channels=1, persistent_small=0,
+        )  # fmt: skip
+        monkeypatch.setattr(plan, "DEFAULT", sizes)
+        return cuda_backend
+
+    return choose
+
+
+def _bfloat16(values):
+    """float32 values rounded to bfloat16 (to nearest, ties to even), as uint16."""
+    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def encode(values, dtype):
+    """values as the array that the backend takes for a dtype."""
+    return _bfloat16(values) if dtype == "bfloat16" else np.asarray(values).astype(dtype)
+
+
+def decode(array, dtype):
+    """The values of such an array in longdouble."""
+    if dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.longdouble)
+
+
+def _channel(values):
+    return np.asarray(values, np.longdouble)[None, :, None]
+
+
+def forward(x, gamma, beta, mean=None, var=None, eps=1e-5, residual=None, relu=False):
+    """y, mean, biased variance of (N, C, S) data in longdouble: the plain formula."""
+    if mean is None:
+        mean = x.mean(axis=(0, 2))
+        var = ((x - _channel(mean)) ** 2).mean(axis=(0, 2))
+    y = (x - _channel(mean)) / np.sqrt(_channel(var) + np.longdouble(eps)) * _channel(gamma) + _channel(beta)
+    if residual is not None:
+        y = y + residual
+    return (np.maximum(y, 0) if relu else y), np.asarray(mean), np.asarray(var)
+
+
+def backward(x, dy, gamma, mean, var, eps=1e-5, frozen=False):
+    """dx, dgamma, dbeta and the sums of their terms' sizes, in longdouble."""
+    invstd = 1 / np.sqrt(_channel(var) + np.longdouble(eps))
+    xhat = (x - _channel(mean)) * invstd
+    dgamma, dbeta = (dy * xhat).sum(axis=(0, 2)), dy.sum(axis=(0, 2))
+    n = x.shape[0] * x.shape[2]
+    inner = dy if frozen else dy - (_channel(dbeta) + xhat * _channel(dgamma)) / n
+    sizes = np.abs(dy * xhat).sum(axis=(0, 2)), np.abs(dy).sum(axis=(0, 2))
+    return _channel(gamma) * invstd * inner, dgamma, dbeta, *sizes
+
+
+@pytest.fixture
+def exact():
+    """The reference and the conversions between its values and arrays."""
+    return SimpleNamespace(forward=forward, backward=backward, encode=encode, decode=decode)
