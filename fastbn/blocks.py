@@ -71,8 +71,8 @@ def batch_norm_forward_apply(
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm_forward`; moments of another number of channels, of one value per channel, or of fewer values than x alone has;
-        no effective_count where one is needed. Nothing has been written then.
+        As `batch_norm_forward`; moments of another number of channels, of one value per channel, or of fewer values than x
+        alone has; no effective_count where one is needed. Nothing has been written then.
 
     References
     ----------
@@ -118,7 +118,10 @@ def batch_norm_forward_apply(
                 "effective_count=sum(w)**2 / sum(w**2) over all parts, or unbiased=False"
             )
     if mean is not None and unbiased and moments.count and not n > 1.0:
-        raise ValueError(f"effective_count is {n}; the variance n / (n - 1) needs more than 1: pass unbiased=False, or no running statistics")
+        raise ValueError(
+            f"effective_count is {n}; the factor n / (n - 1) of running_var needs more than 1: pass unbiased=False, or no "
+            "running statistics"
+        )
     if x.size:
         y, mask = cpu.normalise(x_native, frame, table, eps, True, relu, relu, residual, None, out, x.dtype)
         state = cpu.State(frame, table, mask, weights)
@@ -134,7 +137,8 @@ def batch_norm_forward_apply(
 
 def _check_moments(moments: Any, x: Array, axis: int) -> None:
     if not isinstance(moments, Moments):
-        raise TypeError(f"moments is a {type(moments).__name__}; pass the Moments of all parts: fastbn.moments(part), merged with +")
+        kind = type(moments).__name__
+        raise TypeError(f"moments is a {kind}; pass the Moments of all parts: fastbn.moments(part), merged with +")
     if not isinstance(moments.mean, np.ndarray):
         raise TypeError("moments are on another device than x; make both of NumPy arrays, or both of CuPy arrays")
     C = x.shape[axis]
@@ -147,13 +151,13 @@ def _check_count(moments: Moments, count: float, whole: bool, x: Array, axis: in
     # Sums of weights may have been rounded in another order.
     if moments.count < count * (1.0 - 1e-9):
         raise ValueError(
-            f"moments have count {moments.count:g}, but x of shape {x.shape} alone has {count:g} on axis {axis}: pass the moments of all parts, "
-            "merged with +, taken with the same sample_weight"
+            f"moments have count {moments.count:g}, but x of shape {x.shape} alone has {count:g} on axis {axis}: pass the moments "
+            "of all parts, merged with +, taken with the same sample_weight"
         )
     if moments.count == 0.0 or (whole and moments.count == 1.0):
         raise ValueError(
-            f"moments have count {moments.count:g}: the variance of one value is 0 and says nothing; train with more values, or normalise "
-            "with batch_norm_inference"
+            f"moments have count {moments.count:g}: the variance of one value is 0 and says nothing; train with more values, or "
+            "normalise with batch_norm_inference"
         )
 
 
@@ -205,7 +209,8 @@ def batch_norm_backward_apply(
 
         dx = gamma * invstd * (g - sum_dy / n - (x - mean) * invstd**2 * sum_dy_xmu / n),
 
-    g as in `batch_norm_backward_reduce`, n = `count`. With sample weights w the two terms that stem from the statistics are multiplied by w.
+    g as in `batch_norm_backward_reduce`, n = `count`. With sample weights w the two terms that stem from the statistics are
+    multiplied by w.
 
     Parameters
     ----------
@@ -248,15 +253,15 @@ def batch_norm_backward_apply(
         raise TypeError("sum_dy and sum_dy_xmu must be arrays of shape (C,), from batch_norm_backward_reduce")
     n = ctx.count if count is None else checks.number(count, "count")
     if x.size and not 0.0 < n < np.inf:
-        raise ValueError(f"count is {n}; it must be the number of values per channel, or the sum of the weights, of the whole batch")
+        raise ValueError(f"count is {n}; it must be the whole batch's: values per channel, or the sum of the weights")
     if out is not None:
         named = (("dy", dy), ("x, which ctx holds", x), ("sum_dy", sums[0]), ("sum_dy_xmu", sums[1]))
         out = checks.output(out, x, dy, named)
     if x.size == 0:
-        dx, dresidual = (np.empty_like(x) if out is None else out), np.empty_like(x)
-    else:
-        as_float64 = sums[0].astype(np.float64), sums[1].astype(np.float64)
-        dx, dresidual = cpu.apply(dy, x, ctx.state, as_float64, n, ctx.has_residual, out)
+        dx = np.empty_like(x) if out is None else out
+        return (dx, np.empty_like(x)) if ctx.has_residual else dx
+    as_float64 = sums[0].astype(np.float64), sums[1].astype(np.float64)
+    dx, dresidual = cpu.apply(dy, x, ctx.state, as_float64, n, ctx.has_residual, out)
     return (dx, dresidual) if ctx.has_residual else dx
 
 

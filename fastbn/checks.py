@@ -210,7 +210,7 @@ def weights(sample_weight: Any, x: Array, axis: int) -> Array | None:
     if sample_weight is None:
         return None
     w = array(sample_weight, "sample_weight")
-    if w.dtype.kind not in "bf" and not (w.dtype.kind in "iu") and dtype_name(w.dtype) is None:
+    if w.dtype.kind not in "bf" and w.dtype.kind not in "iu" and dtype_name(w.dtype) is None:
         raise TypeError(f"sample_weight has dtype {w.dtype}; allowed are bool and real numbers: cast with .astype(np.float32)")
     full = x.shape[:axis] + x.shape[axis + 1 :]
     if w.shape != full and w.shape != full[:1]:

@@ -212,7 +212,9 @@ def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None, scratch: 
     return job
 
 
-def _present(residual: object, weights: object, mask: object, relu: bool, dresidual: object = None) -> tuple[str, ...]:
+def _present(
+    residual: object, weights: object, mask: object, relu: bool, dresidual: object = None, frozen: bool = False
+) -> tuple[str, ...]:
     """Names of the optional arguments that are there: they choose the kernel's variant."""
     given = {
         "residual": residual is not None,
@@ -220,6 +222,7 @@ def _present(residual: object, weights: object, mask: object, relu: bool, dresid
         "mask": mask is not None,
         "relu": relu,
         "dresidual": dresidual is not None,
+        "frozen": frozen,
     }
     return tuple(name for name, there in given.items() if there)
 
@@ -246,7 +249,7 @@ def normalise(
 ) -> tuple[Array, Array | None]:
     """y, of `dtype`, and the packed mask. Statistics are those in the table if `given`, else x's own, which are put there."""
     p = f.plan
-    x_, x_tensor = readable(x, f)
+    x, x_tensor = readable(x, f)
     if residual is not None:
         residual, residual_tensor = readable(residual, f)
     y, y_tensor, made = writable(out, dtype, f)
@@ -277,7 +280,7 @@ def normalise(
 def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     """A table with x's MEAN, LOW and VAR."""
     p = f.plan
-    x_, x_tensor = readable(x, f)
+    x, x_tensor = readable(x, f)
     table = parameter_table(p.C, None, None)
     threads = dispatch.threads_for(p.count * p.C)
     s = dispatch.schedule(p, f.itemsize, 1)
@@ -336,10 +339,11 @@ def backward(
         dx=dx_tensor,
         dresidual=dresidual_tensor,
         count=count,
-        frozen=frozen,
+        constant=frozen,
+        frozen=True if frozen else None,
         streamed=_streamed(dx_tensor, f, False),
     )
-    present = _present(None, weights, state.mask, False, dresidual)
+    present = _present(None, weights, state.mask, False, dresidual, frozen)
     road = "sweeps" if frozen else s.road
     dispatch.run("backward", p, s, road, f.dtype, present, job, threads)
     finish_output(dx, made)
@@ -355,7 +359,7 @@ def reduce(dy: Array, x: Array, state: State) -> Array:
     threads = dispatch.threads_for(p.count * p.C)
     s = dispatch.schedule(p, f.itemsize, 2)
     job, grads, keep = _backward_job(dy, x, state, threads, s, True)
-    job.update(count=1.0, frozen=True)
+    job.update(count=1.0, constant=True)
     dispatch.run("reduce", p, s, "sweeps", f.dtype, _present(None, state.weights, state.mask, False), job, threads)
     del keep
     return grads
@@ -372,7 +376,7 @@ def apply(
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
     dx, dx_tensor, made = writable(out, dtype, f)
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
-    job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, frozen=False, streamed=_streamed(dx_tensor, f, False))
+    job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None, streamed=_streamed(dx_tensor, f, False))
     dispatch.call("finish_backward", "float64", (), job)
     present = _present(None, state.weights, state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)

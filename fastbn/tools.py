@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib
 import platform
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain, combinations
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks, cpu, dispatch, layout
@@ -96,8 +94,8 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
     Parameters
     ----------
     x : array
-        As in `batch_norm_forward`. Residuals and gradients are copied for the same reasons, or where their axes lie in another order
-        in memory than those of x.
+        As in `batch_norm_forward`. Residuals and gradients are copied for the same reasons, or where their axes lie in another
+        order in memory than those of x.
     axis : int
         The channel axis.
     sample_weight : bool
@@ -283,8 +281,8 @@ def warmup(
 ) -> int:
     """Compile now what calls with such arrays will need, so that the first of them does not wait.
 
-    With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when you build
-    a container image, or before workers are forked.
+    With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when
+    you build a container image, or before workers are forked.
 
     Parameters
     ----------
@@ -370,7 +368,7 @@ def _variants(families: tuple[str, ...], features: tuple[str, ...]) -> set[tuple
                 continue
             for name in names:
                 split = dispatch.STEPS[name][1]
-                found.add((name, dispatch.accepted(name, present[operation]) if split else ()))
+                found.add((name, present[operation] if split else ()))
                 if operation == "inference" and split:
-                    found.add((name, dispatch.accepted(name, frozen)))
+                    found.add((name, frozen))
     return found

@@ -97,26 +97,26 @@ def update_running(table, running_mean, running_var, C, mean_stride, var_stride,
 
 
 @inline
-def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, frozen):
+def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, constant):
     """dx = A * dy + B * (x - mean) + C of a channel; frozen statistics are constants."""
     grads[SUM_DY, c] = sum_dy
     grads[SUM_DY_XMU, c] = sum_dy_xmu
     a, b, d = backward_coefficients(table[GAMMA, c], table[INVSTD, c], sum_dy, sum_dy_xmu, count)
     grads[COEF_A, c] = a
-    grads[COEF_B, c] = 0.0 if frozen else b
-    grads[COEF_C, c] = 0.0 if frozen else d
+    grads[COEF_B, c] = 0.0 if constant else b
+    grads[COEF_C, c] = 0.0 if constant else d
 
 
 @inline
-def finish_blocks_backward(table, grads, partial, c, count, frozen):
+def finish_blocks_backward(table, grads, partial, c, count, constant):
     sum_dy, sum_dy_xmu = 0.0, 0.0
     for b in range(partial.shape[1]):
         sum_dy += partial[c, b, 0]
         sum_dy_xmu += partial[c, b, 1]
-    finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, frozen)
+    finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, constant)
 
 
-def finish_backward(table, grads, partial, C, count, frozen):
+def finish_backward(table, grads, partial, C, count, constant):
     """The rows of the backward's table from the sums of blocks; a row of partial starts (sum dy, sum dy * (x - mean))."""
     for c in range(C):
-        finish_blocks_backward(table, grads, partial, c, count, frozen)
+        finish_blocks_backward(table, grads, partial, c, count, constant)

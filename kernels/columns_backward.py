@@ -11,6 +11,7 @@ from fastbn.kernels.columns import (
     expand,
     expand_weights,
     row,
+    rows_ahead,
     strip_of,
     vectors,
     weight_vector,
@@ -25,6 +26,7 @@ from fastbn.kernels.simd import (
     lanes_to_boundary,
     load,
     load_some,
+    prefetch,
     splat,
     store,
     store_some,
@@ -49,8 +51,8 @@ def mask_row(mask, r, column):
 
 
 @inline
-def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch):
-    """Add rows first..last of a strip to its sums."""
+def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch, lead):
+    """Add rows first..last of a strip to its sums; prefetch `lead` values on."""
     means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
     sums, products = vectors(scratch, DY_ROW), vectors(scratch, DY_XMU_ROW)
     zero = splat(0.0)
@@ -59,8 +61,10 @@ def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch):
         acc = (load(sums, j), load(products, j), zero)
         if j + LANES <= width:
             for r in range(first, last):
-                xp = row(x, r, column)
-                g = gradient(row(dy, r, column), mask_row(mask, r, column), j)
+                xp, dyp = row(x, r, column), row(dy, r, column)
+                prefetch(xp, j + lead)
+                prefetch(dyp, j + lead)
+                g = gradient(dyp, mask_row(mask, r, column), j)
                 acc = add_products(acc, g, centre(xp, load(xp, j), mean, low), weight)
         else:
             n = width - j
@@ -80,10 +84,11 @@ def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fol
     expand(scratch, LOW_ROW, table, LOW, c0, channels, S, width)
     zero_row(scratch, DY_ROW, width)
     zero_row(scratch, DY_XMU_ROW, width)
+    lead = rows_ahead(x, width)
     for r in range(first, last, TILE):
-        reduce_tile(x, dy, weight, mask, r, min(r + TILE, last), column, width, scratch)
+        reduce_tile(x, dy, weight, mask, r, min(r + TILE, last), column, width, scratch, lead)
     if rest > 0:
-        reduce_tile(x, dy, weight, mask, last, last + 1, column, rest, scratch)
+        reduce_tile(x, dy, weight, mask, last, last + 1, column, rest, scratch, 0)
     for c in range(channels):
         partial[c0 + c, block, 0] = collapse(scratch, DY_ROW, c, channels, S, width)
         partial[c0 + c, block, 1] = collapse(scratch, DY_XMU_ROW, c, channels, S, width)
@@ -113,20 +118,22 @@ def expand_coefficients(table, grads, scratch, first, channels, S, width):
 
 
 @inline
-def apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, n, scratch, streamed):
+def apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, j, n, scratch, streamed, lead):
     """Columns j..j+n (n <= 16) of rows first..last: their coefficients are loaded once."""
     mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
     a, b, c = load(vectors(scratch, A_ROW), j), load(vectors(scratch, B_ROW), j), load(vectors(scratch, C_ROW), j)
     coefficients = (mean, low, a, b, c)
     for r in range(first, last):
         xp, dyp, dxp = row(x, r, column), row(dy, r, column), row(dx, r, column)
+        prefetch(xp, j + lead)
+        prefetch(dyp, j + lead)
         mp = mask_row(mask, r, column)
         if n == LANES:
             v, g = load(xp, j), gradient(dyp, mp, j)
         else:
             v, g = load_some(xp, j, n), gradient_some(dyp, mp, j, n)
         w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
-        v = slope(g, centre(xp, v, mean, low), coefficients, w)
+        v = slope(g, centre(xp, v, mean, low), coefficients, w, frozen)
         if dresidual is not None:
             store_some(row(dresidual, r, column), j, g, n)
         if n < LANES:
@@ -138,28 +145,28 @@ def apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, 
 
 
 @inline
-def apply_tile(x, dy, dx, dresidual, weight, mask, first, last, column, width, S, scratch, streamed, head):
+def apply_tile(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, width, S, scratch, streamed, head, lead):
     expand_weights(weight, scratch, WEIGHT_ROWS, first, last, S, width)
     j = 0
     if head > 0:
-        apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, 0, head, scratch, False)
+        apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, 0, head, scratch, False, lead)
         j = head
     while j + LANES <= width:
-        apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, LANES, scratch, streamed)
+        apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, j, LANES, scratch, streamed, lead)
         j += LANES
     if j < width:
-        apply_column(x, dy, dx, dresidual, weight, mask, first, last, column, S, j, width - j, scratch, False)
+        apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, j, width - j, scratch, False, lead)
 
 
 @inline
-def apply_rows(x, dy, dx, dresidual, weight, mask, first, last, rest, column, width, S, scratch, streamed):
-    """Rows first..last of a strip, and the `rest` columns of row `last`."""
+def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, first, last, rest, column, width, S, scratch, streamed, lead):
+    """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch `lead` values on."""
     head = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
     for r in range(first, last, TILE):
         stop = min(r + TILE, last)
-        apply_tile(x, dy, dx, dresidual, weight, mask, r, stop, column, width, S, scratch, streamed, head)
+        apply_tile(x, dy, dx, dresidual, weight, mask, frozen, r, stop, column, width, S, scratch, streamed, head, lead)
     if rest > 0:
-        apply_tile(x, dy, dx, dresidual, weight, mask, last, last + 1, column, rest, S, scratch, False, 0)
+        apply_tile(x, dy, dx, dresidual, weight, mask, frozen, last, last + 1, column, rest, S, scratch, False, 0, 0)
 
 
 def apply_columns(
@@ -169,6 +176,7 @@ def apply_columns(
     dresidual,
     weight,
     mask,
+    frozen,
     R,
     rest,
     C,
@@ -194,7 +202,8 @@ def apply_columns(
         more = rest if b == blocks - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
         expand_coefficients(table, grads, mine, c0, channels, S, width)
-        apply_rows(x, dy, dx, dresidual, weight, mask, r0, r1, more, column, width, S, mine, streamed)
+        lead = rows_ahead(x, width)
+        apply_rows(x, dy, dx, dresidual, weight, mask, frozen, r0, r1, more, column, width, S, mine, streamed, lead)
     if streamed:
         fence()
 
@@ -231,6 +240,7 @@ def backward_columns(
         for c in range(c0, c0 + channels):
             finish_blocks_backward(table, grads, partial, c, count, False)
         expand_coefficients(table, grads, mine, c0, channels, S, width)
-        apply_rows(x, dy, dx, dresidual, weight, mask, 0, R, 0, column, width, S, mine, streamed)
+        # While dx is streamed out, the next strip is prefetched.
+        apply_rows(x, dy, dx, dresidual, weight, mask, None, 0, R, 0, column, width, S, mine, streamed, width)
     if streamed:
         fence()

@@ -12,7 +12,7 @@ Versions, 32x64x112x112 float32 on 2 threads of an AVX-512 machine, as a multipl
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
-from fastbn.kernels.planes import head_of, load_sums, plane, save_sums
+from fastbn.kernels.planes import PREFETCH, head_of, load_sums, plane, prefetch_run, save_sums
 from fastbn.kernels.simd import (
     LANES,
     bits_above_zero,
@@ -80,9 +80,11 @@ def reduce_plane(xp, dyp, mp, weight, start, stop, mean, low, sums):
 
 
 @inline
-def slope(g, xmu, coefficients, w):
-    """dx = A * g + w * (B * (x - mean) + C); where the weight is 0, x may be NaN."""
+def slope(g, xmu, coefficients, w, frozen):
+    """dx = A * g + w * (B * (x - mean) + C); where the weight is 0, x may be NaN. Frozen statistics leave A * g, without x."""
     _, _, a, b, c = coefficients
+    if frozen is not None:
+        return a * g
     statistics = b * xmu + c
     if w is not None:
         statistics = w * only(statistics, bits_above_zero(w))
@@ -90,11 +92,11 @@ def slope(g, xmu, coefficients, w):
 
 
 @inline
-def apply(xp, dyp, dxp, drp, mp, wp, j, coefficients, streamed):
+def apply(xp, dyp, dxp, drp, mp, wp, frozen, j, coefficients, streamed):
     """dx[j:j+16], and dresidual where there is one."""
     g = gradient(dyp, mp, j)
     xmu = centre(xp, load(xp, j), coefficients[0], coefficients[1])
-    v = slope(g, xmu, coefficients, load(wp, j))
+    v = slope(g, xmu, coefficients, load(wp, j), frozen)
     if streamed:
         stream(dxp, j, v)
     else:
@@ -104,10 +106,10 @@ def apply(xp, dyp, dxp, drp, mp, wp, j, coefficients, streamed):
 
 
 @inline
-def apply_some(xp, dyp, dxp, drp, mp, wp, j, n, coefficients):
+def apply_some(xp, dyp, dxp, drp, mp, wp, frozen, j, n, coefficients):
     g = gradient_some(dyp, mp, j, n)
     xmu = centre(xp, load_some(xp, j, n), coefficients[0], coefficients[1])
-    v = slope(g, xmu, coefficients, load_some(wp, j, n))
+    v = slope(g, xmu, coefficients, load_some(wp, j, n), frozen)
     store_some(dxp, j, v, n)
     if drp is not None:
         store_some(drp, j, g, n)
@@ -120,35 +122,40 @@ def coefficient_vectors(table, grads, c):
 
 
 @inline
-def apply_plane(xp, dyp, dxp, drp, mp, wp, start, stop, coefficients, streamed):
+def apply_plane(xp, dyp, dxp, drp, mp, wp, frozen, start, stop, coefficients, streamed):
     """dx of start..stop of a plane."""
     j = start
     head = head_of(dxp, start, stop, streamed)
     if head > 0:
-        apply_some(xp, dyp, dxp, drp, mp, wp, j, head, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, wp, frozen, j, head, coefficients)
         j += head
     while j + LANES <= stop:
-        apply(xp, dyp, dxp, drp, mp, wp, j, coefficients, streamed)
+        apply(xp, dyp, dxp, drp, mp, wp, frozen, j, coefficients, streamed)
         j += LANES
     if j < stop:
-        apply_some(xp, dyp, dxp, drp, mp, wp, j, stop - j, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, wp, frozen, j, stop - j, coefficients)
 
 
 @inline
-def apply_and_reduce(xp, dyp, dxp, drp, mp, wp, coefficients, streamed, x_ahead, dy_ahead, m_ahead, weight, mean, low, sums, S):
+def apply_and_reduce(
+    xp, dyp, dxp, drp, mp, wp, coefficients, streamed,
+    x_ahead, dy_ahead, m_ahead, left, x_after, dy_after, weight, mean, low, sums, S,
+):  # fmt: skip
     """The fused sweep: dx of the plane at xp, which is in the cache, and the sums of the plane ahead, which is in memory."""
     head = head_of(dxp, 0, S, streamed)
     if head > 0:
-        apply_some(xp, dyp, dxp, drp, mp, wp, 0, head, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, wp, None, 0, head, coefficients)
     i = 0
     j = head
     while j + LANES <= S:
+        prefetch_run(x_ahead, i + PREFETCH, left, x_after)
+        prefetch_run(dy_ahead, i + PREFETCH, left, dy_after)
         sums = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, sums)
-        apply(xp, dyp, dxp, drp, mp, wp, j, coefficients, streamed)
+        apply(xp, dyp, dxp, drp, mp, wp, None, j, coefficients, streamed)
         i += LANES
         j += LANES
     if j < S:
-        apply_some(xp, dyp, dxp, drp, mp, wp, j, S - j, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, wp, None, j, S - j, coefficients)
     return reduce_plane(x_ahead, dy_ahead, m_ahead, weight, i, S, mean, low, sums)
 
 
@@ -194,12 +201,15 @@ def backward_planes(x, dy, dx, dresidual, weight, mask, N, S, table, grads, coun
                     a = c + group
                     ahead, dy_ahead, m_ahead = plane(x, n, a), plane(dy, n, a), plane(mask, n, a)
                     mean, low, sums = splat(table[MEAN, a]), splat(table[LOW, a]), load_sums(mine, c - start)
+                    left = (min(stop + group, last) - a) * S
+                    x_after, dy_after = plane(x, n + 1, start + group), plane(dy, n + 1, start + group)
                     sums = apply_and_reduce(
-                        xp, dyp, dxp, drp, mp, wp, coefficients, streamed, ahead, dy_ahead, m_ahead, weight, mean, low, sums, S
-                    )
+                        xp, dyp, dxp, drp, mp, wp, coefficients, streamed,
+                        ahead, dy_ahead, m_ahead, left, x_after, dy_after, weight, mean, low, sums, S,
+                    )  # fmt: skip
                     save_sums(mine, c - start, sums)
                 else:
-                    apply_plane(xp, dyp, dxp, drp, mp, wp, 0, S, coefficients, streamed)
+                    apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficients, streamed)
     if streamed:
         fence()
 
@@ -222,7 +232,7 @@ def reduce_planes(x, dy, weight, mask, N, S, table, partial, first, last, planes
         partial[c, b, 1] = sum_lanes(sums[1])
 
 
-def apply_planes(x, dy, dx, dresidual, weight, mask, C, S, table, grads, first, last, segment, streamed):
+def apply_planes(x, dy, dx, dresidual, weight, mask, frozen, C, S, table, grads, first, last, segment, streamed):
     """dx and dresidual from the rows COEF_A to COEF_C of grads, for segments first..last in memory order."""
     segments = (S + segment - 1) // segment
     for task in range(first, last):
@@ -232,6 +242,6 @@ def apply_planes(x, dy, dx, dresidual, weight, mask, C, S, table, grads, first, 
         n = task // segments // C
         drp, mp, wp = plane(dresidual, n, c), plane(mask, n, c), plane(weight, n, 0)
         coefficients = coefficient_vectors(table, grads, c)
-        apply_plane(plane(x, n, c), plane(dy, n, c), plane(dx, n, c), drp, mp, wp, start, stop, coefficients, streamed)
+        apply_plane(plane(x, n, c), plane(dy, n, c), plane(dx, n, c), drp, mp, wp, frozen, start, stop, coefficients, streamed)
     if streamed:
         fence()

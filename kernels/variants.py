@@ -5,9 +5,10 @@ the optional arguments that are present; the absent ones are of type None, which
 """
 
 import inspect
-import threading
+import os
 
 from numba import njit, types
+from numba.core.compiler_lock import global_compiler_lock
 
 from fastbn.kernels.cache import KernelCache
 from fastbn.kernels.simd import Pointer, bfloat16
@@ -15,7 +16,7 @@ from fastbn.kernels.simd import Pointer, bfloat16
 inline = njit(forceinline=True, nogil=True, error_model="numpy")
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
-OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual")
+OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen")
 
 
 def tensor(dtype):
@@ -37,6 +38,7 @@ def argument_type(name, dtype, present):
         "relu": types.boolean,
         "streamed": types.boolean,
         "frozen": types.boolean,
+        "constant": types.boolean,
         "force": types.boolean,
         "limit": types.float64,
         "table": types.float64[:, ::1],
@@ -57,8 +59,16 @@ def signature(function, dtype, present):
     return tuple(argument_type(name, dtype, present) for name in inspect.signature(function).parameters)
 
 
-_lock = threading.Lock()
 _compiled = {}
+
+# Numba compiles under one lock. Held over a fork, no child inherits it locked by a thread that it does not have, or a compiler
+# that was stopped in the middle.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def compiled(function, dtype, present=()):
@@ -69,7 +79,8 @@ def compiled(function, dtype, present=()):
     """
     variant = (function, dtype, present)
     if variant not in _compiled:
-        with _lock:
+        # Numba's own lock: with one of ours around it, a thread that holds Numba's and needs a kernel could wait for ever.
+        with global_compiler_lock:
             if variant not in _compiled:
                 types_ = signature(function, dtype, present)
                 dispatcher = njit(nogil=True, error_model="numpy")(function)

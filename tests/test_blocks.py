@@ -1,5 +1,7 @@
 """The building blocks of a distributed loop: parts of a batch, taken in steps, give what the whole batch gives."""
 
+from itertools import pairwise
+
 import checks
 import inputs
 import numpy as np
@@ -21,15 +23,14 @@ SHAPES = {
 LAYOUTS = {"axis 1": 1, "axis -1": -1}
 
 
-def split(a, parts=3):
-    """Unequal parts along the batch axis."""
+def split(a):
+    """Three unequal parts along the batch axis."""
     n = len(a)
-    cuts = [0, n // 5, n // 2, n][: parts + 1]
-    return [a[i:j] for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [a[i:j] for i, j in pairwise((0, n // 5, n // 2, n))]
 
 
 def in_parts(x, dy, gamma, beta, running, axis, weights=None, residual=None, activation=None, **options):
-    """Forward and backward over three workers that exchange nothing but Moments and two sums, as (y, dx, dgamma, dbeta, dresidual)."""
+    """(y, dx, dgamma, dbeta, dresidual) of three workers that exchange nothing but Moments and two sums."""
     xs, dys = split(x), split(dy)
     ws = [None] * 3 if weights is None else split(weights)
     rs = [None] * 3 if residual is None else split(residual)
@@ -55,7 +56,8 @@ def in_parts(x, dy, gamma, beta, running, axis, weights=None, residual=None, act
 def assert_like_whole(x, dy, axis, dtype, **features):
     """Both the parts and the exact result of the whole batch, to the contract's bounds."""
     channels = x.shape[axis]
-    gamma, beta, mean, var = inputs.parameters(channels, dtype)
+    gamma, beta, *_ = inputs.parameters(channels, dtype)
+    *_, mean, var = inputs.parameters(channels, np.float64)  # float32 could not hold the variances of 1e25
     running = [(mean.copy(), var.copy()) for _ in range(3)]
     weights, options = features.pop("sample_weight", None), {}
     if weights is not None and weights.dtype != bool:
@@ -76,9 +78,10 @@ def assert_like_whole(x, dy, axis, dtype, **features):
     # Running statistics: the same as those of a single call, and as each other.
     fastbn.batch_norm_forward(x, gamma, beta, mean, var, axis=axis, sample_weight=weights)
     for own_mean, own_var in running:
-        # One rounding in the running dtype, and the difference between two ways to merge the same blocks (1e-13 by contract).
-        np.testing.assert_allclose(own_mean, mean, rtol=4 * np.finfo(dtype).eps, atol=1e-13)
-        np.testing.assert_allclose(own_var, var, rtol=4 * np.finfo(dtype).eps, atol=1e-13)
+        # Two ways to merge the same blocks: the statistics' own bound, and for the mean also in standard deviations.
+        bound = checks.STATISTICS[np.dtype(np.float64)]
+        np.testing.assert_allclose(own_mean, mean, rtol=bound, atol=bound * float(np.sqrt(exact.var.max())))
+        np.testing.assert_allclose(own_var, var, rtol=bound)
 
 
 def _positions(x, axis):

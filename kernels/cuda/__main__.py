@@ -1,7 +1,8 @@
 """python -m fastbn.kernels.cuda --ptx DIR --cc 9.0: the PTX of every GPU kernel variant, on a machine without a GPU, and a table.
 
-Columns: PTX instructions; 16-byte loads and stores in the code; float64 instructions, and how many of those stand before the last load
-of data (0 for float32: float64 is for the epilogue of a channel); calls; and from ptxas registers, bytes of stack, of spills, of shared memory.
+Columns: PTX instructions; 16-byte loads and stores in the code; float64 instructions, and how many of those stand before the last
+16-byte load (0 for float32, but for a residual read after the statistics: float64 is for the epilogue of a channel); calls; and
+from ptxas registers, bytes of stack, of spills, of shared memory.
 """
 
 import argparse
@@ -18,7 +19,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m fastbn.kernels.cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--ptx", metavar="DIR", type=Path, required=True, help="folder for the .ptx files, made if missing")
     parser.add_argument("--cc", default="9.0", help="compute capability, such as 8.0 or 9.0")
-    parser.add_argument("--only", action="append", metavar="PATTERN", help="labels to compile, such as '*_planes-float32-*'; repeatable")
+    only = "labels to compile, such as '*_planes-float32-*'; repeatable"
+    parser.add_argument("--only", action="append", metavar="PATTERN", help=only)
     parser.add_argument("--json", action="store_true", help="print JSON, a line a kernel, instead of the table")
     chosen = parser.parse_args(arguments)
     try:

@@ -1,7 +1,7 @@
 """What happens once a channel, in float64: from merged moments to scale, running statistics. Twin: kernels/channels.py.
 
-Arrays are flat. `table` (float64) has the rows of kernels/channels.py, so a context looks the same for both backends. `coefs` has the
-rows below in the type of arithmetic: kernels that touch every element read those and nothing in float64.
+Arrays are flat. `table` (float64) has the rows of kernels/channels.py, so a context looks the same for both backends. `coefs` has
+the rows below in the type of arithmetic: kernels that touch every element read those and nothing in float64.
 """
 
 import math
@@ -45,7 +45,7 @@ def update_running(running_mean, running_var, c, mean, var, momentum):
 
 
 @device
-def finish_given(table, coefs, c, C, gamma, beta, mean, low, var, eps):
+def finish_channel(table, coefs, c, C, gamma, beta, mean, low, var, eps):
     """The rows of table and coefs of channel c, from its mean (two words) and variance. An empty gamma is 1, an empty beta 0."""
     g = float64(gamma[c]) if gamma.size > 0 else 1.0
     b = float64(beta[c]) if beta.size > 0 else 0.0
@@ -73,7 +73,7 @@ def finish_stats(
     var = m2 / count
     if var < 0.0:  # rounding only: m2 is a sum of squares
         var = 0.0
-    finish_given(table, coefs, c, C, gamma, beta, mean, low, var, eps)
+    finish_channel(table, coefs, c, C, gamma, beta, mean, low, var, eps)
     update_running(running_mean, running_var, c, mean, var * correction, momentum)
 
 
@@ -100,9 +100,9 @@ def finish_backward(table, grads, coefs, c, C, sum_dy, sum_dy_xhat, count, dgamm
         dbeta[c] = sum_dy
 
 
-def given_channels(table, coefs, C, gamma, beta, running_mean, running_var, eps):
+def finish_given(table, coefs, C, gamma, beta, running_mean, running_var, eps):
     """Kernel: table and coefs from given statistics, a thread a channel (inference and training with frozen statistics)."""
     c = cuda.grid(1)
     if c < C:
         mean, var = float64(running_mean[c]), float64(running_var[c])
-        finish_given(table, coefs, c, C, gamma, beta, mean, 0.0, var, eps)
+        finish_channel(table, coefs, c, C, gamma, beta, mean, 0.0, var, eps)

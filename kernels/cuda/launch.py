@@ -1,8 +1,8 @@
-"""Launching kernels: arguments checked once by the caller, then as few microseconds of host time as the installed numba-cuda allows.
+"""Launching kernels, in as few microseconds of host time as the installed numba-cuda allows; the caller has checked the arguments.
 
 1. Numba's launcher, kernel[grid, block, stream](...): 31 to 116 us a launch (seen on a driver that does nothing). Always works.
-2. The flat launcher: cuda.core launches the same compiled kernel with its arguments as plain words, 0.6 to 2 us (seen likewise). It reads a
-   private attribute of numba-cuda, so it is used for the versions below only, and given up for good at the first surprise.
+2. The flat launcher: cuda.core launches the same compiled kernel with its arguments as plain words, 0.6 to 2 us (seen likewise). It
+   reads a private attribute of numba-cuda, so it is used for the versions below only, and given up for good at the first surprise.
 
 Not yet run on a GPU: both roads are written after numba-cuda's and cuda.core's sources.
 """
@@ -12,7 +12,7 @@ import logging
 from fastbn.kernels.cuda.target import SIMULATED, numba_cuda
 from fastbn.kernels.cuda.variants import compiled
 
-# Versions (major, minor) of numba-cuda whose kernels have `_codelibrary.get_cufunc().kernel` and take arrays as the words of `flat`.
+# Versions (major, minor) of numba-cuda whose kernels have `_codelibrary.get_cufunc().kernel` and take arrays as `flat` writes them.
 FLAT_VERSIONS = ((0, 30),)
 
 _log = logging.getLogger("fastbn")

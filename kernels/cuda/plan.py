@@ -31,8 +31,8 @@ DEFAULT = Sizes()
 class Plan:
     """Launch of one shape. family "planes": blocks = C * splits; "columns": blocks = column tiles * splits.
 
-    `chunk` is in tiles; `words` is the length of the activation's mask, one uint32 for each thread and tile; `held` is the number of
-    elements a thread holds in the persistent kernels, 0 where they do not apply.
+    `chunk` is in tiles; `words` is the length of the activation's mask, one uint32 for each thread and tile; `held_...` are the
+    numbers of elements that a thread holds in the persistent kernels, 0 where they do not apply.
     """
 
     family: str
@@ -80,14 +80,11 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
     if S > 1:
         lanes = full if aligned and S % full == 0 else 1
         values = N * S
-        choices = sizes.persistent if lanes > 1 else sizes.persistent[:1]  # single loads need an address register each
-        held, threads = _held(values, C, dtype, sizes, choices)
-        if not held:
-            threads = sizes.threads
+        held, threads = _held(values, C, lanes, dtype, sizes)
         # A small channel takes a small block: one warp holds 1024 elements.
         while threads > sizes.smallest and threads // 2 * tile >= values:
             threads //= 2
-        held_backward = next((h // 2 for h in choices if held and values * 2 <= threads * h), 0)
+        held_backward = next((h // 2 for h in sizes.persistent if held and values * 2 <= threads * h), 0)
         tiles = _ceil(values, threads * tile)
         splits, chunk = _split(tiles, _ceil(sizes.blocks, C))
         return Plan("planes", lanes, threads, 0, splits, chunk, C, C * tiles * threads, held, held_backward)
@@ -103,9 +100,12 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
     return Plan("columns", lanes, sizes.threads, wide, splits, chunk, column_tiles, column_tiles * tiles * sizes.threads)
 
 
-def _held(values: int, C: int, dtype: str, sizes: Sizes, choices: tuple[int, ...]) -> tuple[int, int]:
+def _held(values: int, C: int, lanes: int, dtype: str, sizes: Sizes) -> tuple[int, int]:
     """(elements that a thread holds of a channel, threads); 0 where a channel does not fit or would leave the GPU idle."""
-    if dtype == "float64" or (sizes.persistent_channels > C and values > sizes.persistent_small):
+    choices, threads = sizes.persistent, sizes.persistent_threads
+    if lanes == 1:  # single accesses take an address register each
+        choices, threads = choices[:1], sizes.threads
+    if dtype == "float64" or (C < sizes.persistent_channels and values > sizes.persistent_small):
         return 0, sizes.threads
-    held = next((h for h in choices if values <= sizes.persistent_threads * h), 0)
-    return held, sizes.persistent_threads
+    held = next((h for h in choices if values <= threads * h), 0)
+    return held, threads if held else sizes.threads

@@ -4,14 +4,17 @@ Versions
 --------
 1. A block a plane: 2048 channels of 7x7 start 65,536 blocks that read 196 bytes each.
 2. (here) `splits` blocks a channel. The vectors of a channel are numbered j = n * SV + s across its planes, and a block takes
-   `chunk` tiles of them, so planes of any size fill it. Each thread reads TILE elements (8 vectors of float32) before it uses them.
+   `chunk` tiles of them, so planes of any size fill it. Each thread reads TILE elements (8 vectors of float32) before it uses
+   them.
    Statistics: tile -> thread -> block -> channel; the block of a channel that finishes last merges the others' moments in order.
 3. persistent.py: where a channel fits one block's registers, in one launch and without reading x twice.
 
-Inside a block each thread's moments are around its own first value (a shift), so that a mean a million times the deviation costs
-no accuracy in float32. Blocks merge by sums of deviations around one shift: Chan, Golub and LeVeque's merge (1983) of many samples at
-once, without a division for each, corrected as their eq. 1.7. Where squares overflow float32 (values of 1e25) the block starts over with
-x scaled by a power of two. Bits depend on the shape alone.
+Inside a block each thread's moments are around its own first value (a shift), so that a mean a million times the deviation
+costs no accuracy in float32. Blocks merge by sums of deviations around one shift: Chan, Golub and LeVeque's merge (1983) of many
+samples at once, without a division for each, corrected as their eq. 1.7. Where squares overflow float32 (values of 1e25) the
+block starts over with x scaled by a power of two. Bits depend on the shape alone.
+
+Checked on the CUDA simulator and by compiling to PTX and machine code; not yet run on a GPU.
 """
 
 import math
@@ -90,7 +93,7 @@ def tile_access(kind, lanes):
 
 @cache
 def merge_threads(T):
-    """merge_threads(n, shift, mean, m2, scratch): (count, centre, s1, s2), the sums of a block's deviations around a centre near its mean.
+    """merge_threads(n, shift, mean, m2, scratch): (count, centre, s1, s2), deviations of a block around a centre near its mean.
 
     First a centre from the shift of thread 0, then deviations around that centre: their sum s1 is almost 0, so that
     s2 - s1**2 / count does not cancel (Chan, Golub and LeVeque 1983, eq. 1.7).
@@ -217,10 +220,10 @@ def stats_planes(kind, lanes):
 
 @cache
 def normalise_planes(kind, lanes, relu, residual):
-    """The kernel for arrays of `kind`; `relu` writes one word of the mask a tile, `residual` is added before it."""
+    """The kernel for arrays of `kind`: `relu` writes a word of the mask a tile, unless that is empty; `residual` is added first."""
     T = kind.compute
     TILE = tile_size(T)
-    load, store = access(kind, lanes)
+    _, store = access(kind, lanes)
     load_tile, load_some = tile_access(kind, lanes)
     normalise = tile_normalise(T, relu, residual)
     per_tile = TILE // lanes
@@ -252,7 +255,7 @@ def normalise_planes(kind, lanes, relu, residual):
                     word = normalise(tile, u * lanes + v, added, u * lanes + v, hi, lo, scale, shift, word)
                 store(y, at, tile, u * lanes)
                 at, at_s = advance(at, at_s, SV, step, step_s, wrap)
-            if relu:
+            if relu and mask.size > 0:
                 mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)] = word
         if rest > 0 and first + chunk > whole:
             count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
@@ -266,7 +269,7 @@ def normalise_planes(kind, lanes, relu, residual):
                         word = normalise(tile, u * lanes + v, added, u * lanes + v, hi, lo, scale, shift, word)
                     store(y, address, tile, u * lanes)
                     address, s = advance(address, s, SV, step, step_s, wrap)
-            if relu:
+            if relu and mask.size > 0:
                 mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)] = word
 
     return normalise_planes

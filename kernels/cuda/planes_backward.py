@@ -2,13 +2,16 @@
 
 Versions
 --------
-1. Three kernels: the gradient of the activation as a tensor, two reductions, dx. The tensor costs a write and two reads of x's size.
-2. (here) two: `reduce_planes` reads x, dy and a bit per element, and the last block of a channel turns its sums into dgamma, dbeta and
-   the coefficients of dx; `apply_planes` reads x and dy again (dy alone where the statistics are frozen) and writes dx.
+1. Three kernels: the gradient of the activation as a tensor, two reductions, dx. The tensor costs a write and two reads of x's
+   size.
+2. (here) two: `reduce_planes` reads x, dy and a bit per element, and the last block of a channel turns its sums into dgamma, dbeta
+   and the coefficients of dx; `apply_planes` reads x and dy again (dy alone where the statistics are frozen) and writes dx.
 3. persistent.py: where x and dy of a channel fit one block's registers, in one launch and reading each once.
 
 Tiles, blocks and the order of work are those of planes.py. A thread adds its tiles' sums with the rounding error carried along
 (Knuth 1969), since a sum of equal terms rounds to the same side each time.
+
+Checked on the CUDA simulator and by compiling to PTX and machine code; not yet run on a GPU.
 """
 
 from functools import cache

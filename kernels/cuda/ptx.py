@@ -1,7 +1,8 @@
 """Compile kernel variants without a GPU and look at the result: `python -m fastbn.kernels.cuda --ptx DIR --cc 9.0`.
 
-PTX comes from NVVM; registers, spills and shared memory from ptxas, where one is installed
-(`pip install "numba-cuda[cu13]" "cuda-toolkit[nvvm,nvrtc,cudart,nvcc]==13.0.*"`: a newer NVVM writes PTX that an older ptxas rejects).
+PTX comes from NVVM; registers, spills and shared memory from ptxas, where one is installed:
+`pip install "numba-cuda[cu13]" "cuda-toolkit[nvvm,nvrtc,cudart,nvcc]==13.0.*"` (a newer NVVM writes PTX that an older ptxas
+rejects).
 """
 
 import os
@@ -22,7 +23,9 @@ _LOAD = re.compile(r"\bld\.global\.(?:v4\.[a-z]32|v2\.[a-z]64)\b")
 _STORE = re.compile(r"\bst\.global\.(?:v4\.[a-z]32|v2\.[a-z]64)\b")
 _DATA = re.compile(r"\bld\.global\.(?:v4|v2)\b")
 # Arithmetic and conversions; loads, stores, parameters and declarations of registers do not compute.
-_DOUBLE = re.compile(r"^\s*(?:@!?%p\d+\s+)?(?:add|sub|mul|div|fma|mad|sqrt|rsqrt|rcp|neg|abs|min|max|setp\.\w+|cvt[\w.]*?)\.[\w.]*f64\b", re.M)
+_DOUBLE = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?(?:add|sub|mul|div|fma|mad|sqrt|rsqrt|rcp|neg|abs|min|max|setp\.\w+|cvt[\w.]*?)\.[\w.]*f64\b", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ def report(variant, cc, folder=None, ptxas=None):
     return Report(**{**found.__dict__, "registers": registers, "stack": stack, "spills": spills, "shared": shared})
 
 
-HEADINGS = (
-    f"{'kernel':64} {'instr':>6} {'ld16':>5} {'st16':>5} {'f64':>4} {'early':>5} {'calls':>5} {'regs':>5} {'stack':>5} {'spill':>5} {'smem':>6}"
+HEADINGS = f"{'kernel':64} {'instr':>6} {'ld16':>5} {'st16':>5} {'f64':>4} {'early':>5} " + (
+    f"{'calls':>5} {'regs':>5} {'stack':>5} {'spill':>5} {'smem':>6}"
 )
 
 

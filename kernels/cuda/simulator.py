@@ -1,8 +1,8 @@
-"""What Numba's CUDA simulator lacks, so that kernels run in it unchanged: warp shuffles, `cuda` inside device functions, and shared arrays
-that two threads may ask for at once (its own hands out two arrays then, now and again).
+"""What Numba's CUDA simulator lacks, so that kernels run in it unchanged: warp shuffles, `cuda` inside device functions, and shared
+arrays that two threads may ask for at once (its own hands out two arrays then, now and again).
 
-A simulated thread is a Python thread. A warp here has 4 lanes, not 32: a block of 8 threads then has two warps and small inputs cross
-warp, block and tile edges. Nothing here is used on a GPU.
+A simulated thread is a Python thread. A warp here has 4 lanes, not 32: a block of 8 threads then has two warps, and small inputs
+cross warp, block and tile edges. Nothing here is used on a GPU.
 """
 
 import os
@@ -31,7 +31,7 @@ def _warp():
 
 
 class _Shared:
-    """cuda.shared: an array for each line that asks for one, and for each block. It starts as NaN, so that what is read too early shows."""
+    """cuda.shared: an array for each line that asks for one, in each block. It starts as NaN: what is read too early shows."""
 
     @staticmethod
     def array(shape, dtype):

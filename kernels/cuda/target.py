@@ -1,8 +1,8 @@
 """Which CUDA target Numba has, and how functions are compiled for it.
 
 1. numba-cuda, NVIDIA's package (`pip install "fastbn[cuda13]"`): compiles and launches.
-2. Numba's bundled target (no numba-cuda installed): refused on hardware, since it lacks launch bounds, forced inlining and half types.
-3. The simulator of either, with NUMBA_ENABLE_CUDASIM=1: kernels run as Python threads. `cuda` is then a stand-in that adds warp shuffles.
+2. Numba's bundled target (no numba-cuda installed): refused on hardware; it lacks launch bounds, forced inlining and half types.
+3. The simulator of either, with NUMBA_ENABLE_CUDASIM=1: kernels run as Python threads, and `cuda` is a stand-in with warp shuffles.
 
 Kernel files import `cuda`, `WARP` and `device` from here and so look the same on all three.
 """

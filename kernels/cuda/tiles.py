@@ -1,4 +1,4 @@
-"""What a thread does with the values in its registers: a tile of TILE elements (`tile_size`), held in a local array that the compiler keeps there.
+"""What a thread does with a tile: `tile_size` values in a local array that the compiler keeps in registers.
 
 Versions
 --------
@@ -71,7 +71,7 @@ def tile_moments(T):
 
 @cache
 def tile_normalise(T, relu, residual):
-    """normalise(tile, k, added, i, hi, lo, scale, shift, word): y of element k (plus added[i]) in place, its bit set in the mask's word.
+    """normalise(tile, k, added, i, hi, lo, scale, shift, word): y of element k in place, plus added[i]; sets its bit in word.
 
     A NaN passes the activation, and so does its gradient.
     """

@@ -1,8 +1,8 @@
 """Every GPU kernel variant: what it is built from, the types of its arguments, and one compilation each.
 
 An argument of one name has one type in every kernel, so signatures follow from the parameter lists. Features (`relu`, `residual`,
-`frozen`) are constants that a kernel is built with: the compiler drops what is off. Absent per-channel arrays are empty, absent tensors
-are not read.
+`frozen`) are constants that a kernel is built with: the compiler drops what is off. Absent per-channel arrays are empty, absent
+tensors are not read.
 """
 
 import inspect
@@ -28,9 +28,10 @@ FACTORIES = {
     "normalise_columns": columns.normalise_columns,
     "reduce_columns": columns_backward.reduce_columns,
     "apply_columns": columns_backward.apply_columns,
-    "given_channels": lambda kind: channels.given_channels,
+    "finish_given": lambda kind: channels.finish_given,
 }
-FLAGS = ("relu", "residual", "frozen")
+# Kernels compiled for two sizes of block: a shape keeps one size, and with it the order of the mask, in all its kernels.
+TWO_SIZES = ("stats_planes", "normalise_planes", "reduce_planes", "apply_planes")
 PARAMETER_TYPES = {"float32": float32, "float64": float64}
 TENSORS = ("x", "y", "dy", "dx", "residual_x", "dresidual")
 PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
@@ -39,7 +40,7 @@ RUNNING = ("running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: its name, data type, the options its factory takes, the types of parameters and running statistics, block size."""
+    """One kernel: name, data type, the options its factory takes, largest block, types of parameters and running statistics."""
 
     name: str
     dtype: str
@@ -53,7 +54,8 @@ class Variant:
         """A file name: stats_planes-float32-lanes4."""
         parts = [f"{k}{int(v)}" if not isinstance(v, bool) else k for k, v in self.options if v is not False]
         types_ = [] if (self.parameters, self.running) == ("float32", "float32") else [self.parameters, self.running]
-        return "-".join([self.name, self.dtype, *parts, *types_])
+        bound = [f"threads{self.threads}"] if self.name in TWO_SIZES else []
+        return "-".join([self.name, self.dtype, *parts, *bound, *types_])
 
     def function(self):
         """The kernel as a Python function."""
@@ -102,15 +104,17 @@ def all_variants(sizes=DEFAULT):
     """Every variant that the planner can ask for with float32 parameters (float64 for float64 data), in a fixed order."""
     for dtype, kind in KINDS.items():
         parameters = "float64" if dtype == "float64" else "float32"
-        common = dict(dtype=dtype, parameters=parameters, running=parameters)
-        yield Variant(name="given_channels", options=(), threads=sizes.threads, **common)
+        common = {"dtype": dtype, "parameters": parameters, "running": parameters}
+        yield Variant(name="finish_given", options=(), threads=sizes.threads, **common)
         for lanes in (1, kind.lanes):
             wide = sizes.wide * (2 if lanes == 1 else 1)
-            shapes = {
-                "planes": ((("lanes", lanes),), sizes.threads),
-                "columns": ((("lanes", lanes), ("threads", sizes.threads), ("wide", wide)), sizes.threads),
-            }
-            for family, (shape, threads) in shapes.items():
+            shapes = [
+                ("planes", (("lanes", lanes),), sizes.threads),
+                ("columns", (("lanes", lanes), ("threads", sizes.threads), ("wide", wide)), sizes.threads),
+            ]
+            if lanes > 1 and dtype != "float64":
+                shapes.append(("planes", (("lanes", lanes),), sizes.persistent_threads))
+            for family, shape, threads in shapes:
                 for verb, flags in (
                     ("stats", ()),
                     ("normalise", ("relu", "residual")),
@@ -119,11 +123,12 @@ def all_variants(sizes=DEFAULT):
                 ):
                     for chosen in _combinations(flags):
                         yield Variant(name=f"{verb}_{family}", options=shape + chosen, threads=threads, **common)
-            choices = () if dtype == "float64" else sizes.persistent if lanes > 1 else sizes.persistent[:1]
-            for held in choices:
-                for verb, each in (("forward", held), ("backward", held // 2)):
-                    for chosen in _combinations(("relu", "residual")):
-                        options = (("lanes", lanes), ("held", each), *chosen)
-                        yield Variant(
-                            name=f"{verb}_planes", options=options, threads=sizes.persistent_threads, **common
-                        )
+            if dtype == "float64":
+                continue
+            threads = sizes.persistent_threads if lanes > 1 else sizes.threads
+            held = [("forward_planes", each) for each in (sizes.persistent if lanes > 1 else sizes.persistent[:1])]
+            held += [("backward_planes", each // 2) for each in sizes.persistent]
+            for name, each in held:
+                for chosen in _combinations(("relu", "residual")):
+                    options = (("lanes", lanes), ("held", each), *chosen)
+                    yield Variant(name=name, options=options, threads=threads, **common)

@@ -6,8 +6,8 @@ Versions
 2. (here) `load` and `store` move `lanes` neighbouring elements between an array and a thread's tile: one LDG.E.128 or STG.E.128
    where lanes fill 16 bytes, one plain access where lanes == 1 (planes or pointers that are not aligned).
 
-Half types travel as uint16 arrays and are float32 in tiles: `fpext` and a shift widen, stores round to nearest even. bfloat16 stores
-need compute capability 8.0.
+Half types travel as uint16 arrays and are float32 in tiles: `fpext` and a shift widen, stores round to nearest even. bfloat16
+stores need compute capability 8.0.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Fixtures of the GPU tests. They run on Numba's CUDA simulator: NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda
 
-The simulator must be chosen before Numba is imported, so these tests want a process of their own; without the variable only the tests
-that need no kernel are collected. Compiling for a real GPU (test_ptx.py) happens in subprocesses without the variable.
+The simulator must be chosen before Numba is imported, so these tests want a process of their own; without the variable only the
+tests that need no kernel are collected. Compiling for a real GPU (test_ptx.py) happens in subprocesses without the variable.
 """
 
 import os

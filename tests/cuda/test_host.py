@@ -1,0 +1,91 @@
+"""The host side on the simulator: arguments, errors before anything is written, launchers."""
+
+import numpy as np
+import pytest
+
+from fastbn.kernels.cuda import host, launch, target, variants
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def test_what_is_refused(backend):
+    module = backend(False)
+    x = np.ones((3, 2, 60), np.float32)
+    y = np.full_like(x, 7)
+    with pytest.raises(TypeError, match=r"'<i4'.*astype"):
+        module.forward(x.astype(np.int32), y, x.shape)
+    with pytest.raises(TypeError, match=r"cupy\.asarray"):
+        module.forward([1.0, 2.0], y, (2, 1, 1))
+    with pytest.raises(ValueError, match="has 360 elements"):
+        module.forward(x, y, (3, 2, 61))
+    with pytest.raises(ValueError, match=r"running_mean and running_var"):
+        module.forward(x, y, x.shape, training=False)
+    with pytest.raises(TypeError, match="one dtype"):
+        module.forward(x, y, x.shape, gamma=np.ones(2), beta=np.ones(2, np.float32))
+    with pytest.raises(TypeError, match="not float16"):
+        module.forward(x, y, x.shape, gamma=np.ones(2, np.float16))
+    assert (y == 7).all()  # nothing was written
+    state = module.forward(x, y, x.shape)
+    dx = np.full_like(x, 7)
+    with pytest.raises(ValueError, match="dresidual"):
+        module.backward(x, dx, state, dresidual=dx)
+    with pytest.raises(ValueError, match="dy has"):
+        module.backward(x.astype(float), dx, state)
+    assert (dx == 7).all()
+
+
+def test_the_workspace_is_kept_and_grows(backend, monkeypatch):
+    module = backend(False)
+    monkeypatch.setattr(host, "_workspaces", {})
+    for shape in [(4, 2, 300), (130, 4, 1), (4, 2, 300)]:
+        x = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
+        module.forward(x, np.empty_like(x), shape)
+    (space,) = host._workspaces.values()
+    assert space.partials.size >= 4 * 4
+    assert not space.counters.any()
+
+
+def test_arrays_become_the_words_of_a_launch():
+    array = launch.DeviceArray(0x7F0000000010, 12, 4, "<f4")
+    assert launch.flat([array, 3, 0.5]) == [0, 0, 12, 4, 0x7F0000000010, 12, 4, 3, 0.5]
+    interface = array.__cuda_array_interface__
+    assert interface["data"] == (0x7F0000000010, False)
+    assert interface["shape"] == (12,)
+    assert "stream" not in interface  # Numba would wait for it
+
+
+@pytest.mark.parametrize(("version", "supported"), [("0.30.4", True), ("0.31.0", False), ("1.0", False), ("dev", False)])
+def test_the_flat_launcher_knows_its_versions(version, supported):
+    assert launch.flat_supported(version) is supported
+
+
+def test_a_broken_flat_launcher_falls_back_for_good(monkeypatch):
+    calls = []
+
+    def broken(*arguments):
+        calls.append("flat")
+        raise AttributeError("_codelibrary")
+
+    class Kernel:
+        def __getitem__(self, configuration):
+            return lambda *arguments: calls.append(("numba", configuration, arguments))
+
+    monkeypatch.setattr(launch, "_flat_works", True)
+    monkeypatch.setattr(launch, "_flat_launch", broken)
+    monkeypatch.setattr(launch, "compiled", lambda variant: Kernel())
+    launch.launch("variant", 3, 32, 0, 0, (1, 2))
+    launch.launch("variant", 3, 32, 0, 0, (1, 2))
+    assert calls == ["flat", ("numba", (3, 32), (1, 2)), ("numba", (3, 32), (1, 2))]
+
+
+def test_the_bundled_target_is_refused(monkeypatch):
+    monkeypatch.setattr(target, "BUNDLED", True)
+    with pytest.raises(ImportError, match=r"fastbn\[cuda13\].*fastbn\[cuda12\]"):
+        target.require_target()
+
+
+def test_every_variant_has_its_own_label_and_a_signature():
+    every = list(variants.all_variants())
+    assert len({v.label for v in every}) == len(every)
+    for variant in every[::7]:
+        assert len(variant.signature()) == variant.function().__code__.co_argcount

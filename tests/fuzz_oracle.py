@@ -1,0 +1,209 @@
+"""Judge of the cases that fuzz.py makes: what a call that worked must have returned, and what it may not have touched."""
+
+import warnings
+
+import checks
+import numpy as np
+import reference
+
+import fastbn
+
+# Bits of the significand and exponent of the smallest normal number.
+HALVES = {"float16": (11, -14), "bfloat16": (8, -126)}
+
+
+def copies(arguments):
+    return {k: np.array(v, subok=False) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+
+
+def bounded(actual, exact, scale, x, axis, what):
+    """Within the contract's bound times `scale`; results beyond the dtype's range are infinite; half types round once."""
+    dtype = checks.native(x.dtype)
+    largest = 2.0**127 * (2 - 2.0**-7) if dtype.name == "bfloat16" else float(np.finfo(dtype).max)
+    with np.errstate(all="ignore"):
+        edge = np.abs(np.abs(exact) / largest - 1) < 1e-2  # may round to either side
+        exact = np.where(edge, np.asarray(reference.widen(actual)), np.where(np.abs(exact) > largest, np.sign(exact) * np.inf, exact))
+        bound = (1e-6 if dtype.itemsize < 8 else 1e-13) * scale
+        if dtype.name in HALVES:
+            bound = bound + 0.5 * checks.ulp(np.where(np.isfinite(exact), exact, 0), *HALVES[dtype.name])
+        else:
+            bound = bound + float(np.finfo(dtype).smallest_subnormal)
+    checks.assert_within(actual, exact, bound, what, x, axis)
+
+
+def features_of(a):
+    return {k: a.get(k) for k in ("residual", "activation")}
+
+
+def reference_of(a, given):
+    theirs = {"mean": given[0], "var": given[1]} if given else {"sample_weight": a.get("sample_weight")}
+    return reference.forward(a["x"], a.get("gamma"), a.get("beta"), eps=float(a["eps"]), axis=a["axis"], **theirs, **features_of(a))
+
+
+def check_output(y, a, exact, what):
+    x, axis = a["x"], a["axis"]
+    assert y.shape == x.shape, f"{what}: shape {y.shape}"
+    assert y.dtype == x.dtype, f"{what}: dtype {y.dtype} for {x.dtype}"
+    # The largest term of the sum, which |exact| is but for cancellation between beta, the residual and the rest.
+    with np.errstate(all="ignore"):
+        terms = np.abs(exact.xhat)
+        if a.get("gamma") is not None:
+            terms = terms * np.abs(reference.per_channel(reference.widen(a["gamma"]), x.ndim, axis))
+        scale = np.where(np.isfinite(terms), np.maximum(np.maximum(1, np.abs(np.nan_to_num(exact.pre))), terms), 1)
+    bounded(y, exact.y, scale, x, axis, what)
+
+
+def check_running(case, before, exact, caught):
+    """Running statistics moved once, or, where they cannot be, a warning and the old ones."""
+    a = case.arguments
+    x, axis = before["x"], before["axis"]
+    new, old = (tuple(d[n] for n in ("running_mean", "running_var")) for d in (a, before))
+    total = np.longdouble(x.size // x.shape[axis])
+    if before.get("sample_weight") is not None:
+        w = reference.spread_weights(before["sample_weight"], x.shape, axis)
+        w = np.take(w, 0, axis) / w.max()  # so that squares of 1e200 and 1e-200 stay in range
+        total = w.sum() ** 2 / (w**2).sum()
+    with np.errstate(all="ignore"):
+        factor = total / (total - 1) if before.get("unbiased", True) else 1
+        batch = exact.mean, exact.var * factor
+        usable = np.ones(len(new[0]), bool)
+        for b, o in zip(batch, old, strict=True):
+            usable &= np.abs(b) <= np.finfo(checks.native(o.dtype)).max
+        for name, n, o, b in zip(("running_mean", "running_var"), new, old, batch, strict=True):
+            m = float(before.get("momentum", 0.1))
+            moved = (1 - m) * o.astype(np.longdouble) + m * b
+            slack = np.finfo(checks.native(o.dtype)).eps * np.abs(moved) + 1e-9 * m * (np.sqrt(np.abs(exact.var)) + np.abs(b))
+            good = np.where(usable, np.abs(n - moved) <= slack + np.finfo(checks.native(o.dtype)).smallest_subnormal, n == o)
+            assert good.all(), f"{name} is {n[~good]}, expected {np.where(usable, moved, o)[~good]}, was {o[~good]}"
+    assert bool(caught) == (not usable.all()), f"{len(caught)} warnings, {(~usable).sum()} channels that are not finite"
+
+
+def check_backward(case, before, exact, ctx, y, given):
+    x, axis = before["x"], before["axis"]
+    dy = np.array(case.dy)
+    results = fastbn.batch_norm_backward(case.dy, ctx, out=case.dx)
+    relu = before.get("activation") == "relu"
+    with np.errstate(all="ignore"):
+        if relu and (np.abs(exact.pre[exact.pre != 0]) < 1e-6).any():
+            return  # whether the ReLU let such a value through, its sign in y may not tell
+        mask = reference.widen(y) > 0 if relu else None
+        theirs = {"mean": given[0], "var": given[1]} if given else {"sample_weight": before.get("sample_weight")}
+        right = reference.backward(dy, x, before.get("gamma"), eps=float(before["eps"]), axis=axis, mask=mask, **theirs)
+        # Of channels with NaN or inf all that is promised is that they do not touch the others.
+        sick = ~np.isfinite(right.dx_scale * right.dgamma_scale) | ~np.isfinite(exact.invstd)
+        sick |= ~np.isfinite(np.where(np.isfinite(reference.widen(x)), 0, 1).max(axis=reference.other_axes(x.ndim, axis)) * np.inf)
+        spread = reference.per_channel(sick, x.ndim, axis)
+        ours, exact_dx = np.where(spread, 0, reference.widen(results[0])), np.where(spread, 0, right.dx)
+        scale = reference.per_channel(np.where(sick, 1, right.dx_scale), x.ndim, axis)
+    bounded(ours, exact_dx, scale, x, axis, "dx")
+    for name, g, e, s in (("gamma", results[1], right.dgamma, right.dgamma_scale), ("beta", results[2], right.dbeta, right.dbeta_scale)):
+        p = before.get(name)
+        if p is None:
+            assert g is None, f"d{name} without {name}"
+        else:
+            with np.errstate(all="ignore"):
+                bound = (1e-13 if min(p.itemsize, x.itemsize) == 8 else 1e-6) * s
+                slack = float(np.finfo(np.float32 if x.itemsize < 8 else np.float64).smallest_subnormal) * ctx.invstd * right.dbeta_scale
+            checks.assert_within(np.where(sick, 0, g), np.where(sick, 0, e), np.where(sick, 1, bound + slack), f"d{name}", x, axis)
+    if case.dx is not None:
+        assert np.shares_memory(results[0], case.dx), "dx is not out"
+
+
+def call(case):
+    a = dict(case.arguments)
+    x = a.pop("x")
+    if case.function == "moments":
+        return fastbn.moments(x, **a), None
+    if case.function == "inference":
+        p = [a.pop(n) for n in ("gamma", "beta", "mean", "var")]
+        return fastbn.batch_norm_inference(x, *p, **a), None
+    return fastbn.batch_norm_forward(x, **a)
+
+
+def check_success(case, before, result, ctx, caught):
+    a = before
+    x, axis = a["x"], a["axis"]
+    if case.function == "moments":
+        count, mean, m2 = (0, 0, 0) if x.size == 0 else reference.moments(x, axis=axis, sample_weight=a.get("sample_weight"))
+        if count == 0:
+            assert result.count == 0
+            return
+        with np.errstate(all="ignore"):
+            np.testing.assert_allclose(result.count, float(count), rtol=1e-12)
+            finite = np.isfinite(m2)
+            rtol = 1e-9 if x.itemsize < 8 else 1e-11
+            bound = rtol * np.sqrt(m2 / count) + np.abs(mean) * 2.0**-52
+            assert (np.abs(result.mean - mean) <= bound)[finite].all(), "moments: mean"
+            assert (np.abs(result.m2 - m2) <= rtol * m2 + 1e-300)[finite].all(), "moments: m2"
+        return
+    given = (a["mean"], a["var"]) if case.function == "inference" else None
+    if case.function == "forward" and not a["training"]:
+        given = a["running_mean"], a["running_var"]
+    if x.size == 0:
+        assert result.shape == x.shape
+        for name in ("running_mean", "running_var"):
+            if a.get(name) is not None:
+                assert checks.same_bits(np.asarray(case.arguments[name]), a[name]), f"{name} changed by an empty batch"
+        return
+    exact = reference_of(a, given)
+    check_output(result, a, exact, case.function)
+    if ctx is not None:
+        if not given and a.get("running_mean") is not None:
+            check_running(case, a, exact, caught)
+        else:
+            assert not caught, f"warned: {caught[0].message}"
+        if isinstance(case.dy, np.ndarray):
+            check_backward(case, a, exact, ctx, result, given)
+
+
+def due(a, function):
+    """Whether a ValueError is due for fewer than two values per channel."""
+    x, w = a["x"], a.get("sample_weight")
+    if function != "forward" or not a["training"] or not isinstance(x, np.ndarray) or x.ndim < 2 or x.size == 0:
+        return False
+    counted = np.ones(x.size // x.shape[a["axis"]]) if w is None else reference.spread_weights(w, x.shape, a["axis"])
+    return (counted > 0).sum() < 2 * (1 if w is None else x.shape[a["axis"]])
+
+
+def surroundings(a):
+    """Bytes of the buffer that `a` is a view of, those of `a` itself blanked."""
+    whole = a
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    content = a.copy()
+    a[...] = 0
+    taken = np.asarray(whole).tobytes()
+    a[...] = content
+    return taken
+
+
+def run(case):
+    """Make the call and judge it: "works", or the name of the exception's type. AssertionError: a bug is found."""
+    before = copies(case.arguments)
+    named = {n: v for n, v in (*case.arguments.items(), ("dy", case.dy), ("dx", case.dx)) if isinstance(v, np.ndarray)}
+    named = {n: v for n, v in named.items() if not v.dtype.hasobject}
+    snapshot = checks.snapshot(*named.values())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result, ctx = call(case)
+        except (ValueError, TypeError) as error:
+            checks.assert_unchanged(snapshot)
+            assert len(str(error)) > 20, f"a message that says little: {error}"
+            assert case.expected != "works" or due(before, case.function), f"raised {type(error).__name__}: {error}"
+            return type(error).__name__
+        assert case.expected != "raises", "worked, but must raise"
+        other = [w for w in caught if "running statistics" not in str(w.message)]
+        assert not other, f"warned: {other[0].message}"
+        # An output may share memory with the input it is allowed to be.
+        outputs = [v for n, v in named.items() if case.written(n) or n == "dx"]
+        apart = [v for v in named.values() if not any(np.may_share_memory(v, o) for o in outputs)]
+        try:
+            check_success(case, before, result, ctx, caught)
+        except (ValueError, TypeError) as error:
+            assert case.expected != "works", f"the backward raised {type(error).__name__}: {error}"
+            return f"works, backward {type(error).__name__}"
+        assert len(caught) == len([w for w in caught if "running statistics" in str(w.message)]), f"warned: {caught[-1].message}"
+    unchanged = [(whole, content) for whole, content in snapshot if any(v is whole or np.may_share_memory(v, whole) for v in apart)]
+    checks.assert_unchanged([u for u in unchanged if not any(np.may_share_memory(u[0], o) for o in outputs)])
+    return "works"
