@@ -17,6 +17,7 @@ import numpy as np
 
 from fastbn.kernels.cuda.host import (
     Call,
+    Weights,
     aligned,
     check_shape,
     dtype_of,
@@ -50,6 +51,7 @@ class State:
     relu: bool
     residual: bool
     frozen: bool
+    weights: Weights
 
     @property
     def mean(self) -> Array:
@@ -67,9 +69,9 @@ class State:
         return self.table[5]
 
     @property
-    def count(self) -> float:
-        """Values per channel."""
-        return float(self.shape[0] * self.shape[2])
+    def count(self) -> Any:
+        """Values per channel, or the sum of their weights: a float64 array of no dimensions, on the GPU."""
+        return self.weights.counts[0] if self.weights.given else float(self.shape[0] * self.shape[2])
 
 
 def _begin(
@@ -96,6 +98,7 @@ def forward(
     unbiased: bool = True,
     relu: bool = False,
     residual: Array | None = None,
+    sample_weight: Array | None = None,
     dtype: str | None = None,
 ) -> State:
     """Normalise x into y; in training update the running statistics in place, on the GPU.
@@ -116,6 +119,9 @@ def forward(
         As in `fastbn.batch_norm_forward`.
     residual : like x, or None
         Added before the activation.
+    sample_weight : GPU array of N or N * S elements, or None
+        bool or real, >= 0, at least two of them above 0 (not checked: that would have to wait for the GPU). Weighs the batch's
+        statistics. For rows of channels (S == 1) also of any number that divides the rows: one weight for each run of rows.
     dtype : str, optional
         "bfloat16" or "float16" where x and y are uint16 views.
 
@@ -138,7 +144,8 @@ def forward(
     table = arrays.empty((7, C), np.float64)
     coefs = arrays.empty((5, C), call.compute)
     mask = arrays.empty(plan.words if relu else 0, np.uint32)
-    state = State(x, dtype, shape, plan, table, coefs, mask, relu, residual is not None, not training)
+    weights = call.weights(sample_weight if training else None, unbiased)
+    state = State(x, dtype, shape, plan, table, coefs, mask, relu, residual is not None, not training, weights)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
     count = N * S
@@ -152,15 +159,16 @@ def forward(
     sizes = geometry(plan, shape)
     tensors = call.tensor(x), call.tensor(y), call.tensor(residual), flat(mask)
     flags = {"relu": relu, "residual": residual is not None}
-    if training and plan.held_forward:
+    if training and plan.held_forward and not weights.given:
         arguments = (*tensors, *sizes, *moments, *scalars)
         call.run("forward_planes", C, arguments, parameters, running, held=plan.held_forward, **flags)
         return state
     if training:
         space = workspace(4 * C * plan.splits, plan.groups, (call.device, call.stream))
         work = flat(space.partials), flat(space.counters)
-        arguments = (tensors[0], *sizes, plan.splits, plan.chunk, *work, *moments, *scalars)
-        call.run(f"stats_{plan.family}", plan.blocks, arguments, parameters, running)
+        weighing = *weights.of(plan), flat(weights.counts)
+        arguments = (tensors[0], *weighing, *sizes, plan.splits, plan.chunk, *work, *moments, *scalars)
+        call.run(f"stats_{plan.family}", plan.blocks, arguments, parameters, running, weighted=weights.given)
     else:
         _given(call, moments, C, parameters, running, eps)
     _normalise(call, tensors, sizes, coefs, flags)
@@ -260,7 +268,8 @@ def backward(
     outputs = call.tensor(dx), call.tensor(dresidual), flat(state.mask)
     tables = flat(state.table), flat(grads), flat(state.coefs), flat(grad_coefs)
     gradients = call.optional(dgamma, parameters), call.optional(dbeta, parameters)
-    if plan.held_backward and not state.frozen:
+    weights = state.weights
+    if plan.held_backward and not state.frozen and not weights.given:
         arguments = (*inputs, *outputs, *sizes, *tables, *gradients)
         call.run(
             "backward_planes", C, arguments, parameters, held=plan.held_backward, relu=state.relu, residual=state.residual
@@ -268,11 +277,12 @@ def backward(
         return grads[:2]
     space = workspace(2 * C * plan.splits, plan.groups, (call.device, call.stream))
     work = plan.splits, plan.chunk, flat(space.partials), flat(space.counters)
-    arguments = (*inputs, outputs[2], *sizes, *work, *tables, *gradients, int(state.frozen))
-    call.run(f"reduce_{plan.family}", plan.blocks, arguments, parameters, relu=state.relu)
+    arguments = (*inputs, flat(weights.counts), outputs[2], *sizes, *work, *tables, *gradients, int(state.frozen))
+    call.run(f"reduce_{plan.family}", plan.blocks, arguments, parameters, relu=state.relu, weighted=weights.given)
     shares = (plan.splits, plan.chunk) if plan.family == "planes" else (plan.chunk,)
-    arguments = (*inputs, *outputs, *sizes, *shares, *tables[2:])
-    call.run(f"apply_{plan.family}", plan.blocks, arguments, relu=state.relu, residual=state.residual, frozen=state.frozen)
+    arguments = (*inputs, *outputs[:2], *weights.of(plan), outputs[2], *sizes, *shares, *tables[2:])
+    flags = {"relu": state.relu, "residual": state.residual, "frozen": state.frozen, "weighted": weights.given}
+    call.run(f"apply_{plan.family}", plan.blocks, arguments, **flags)
     return grads[:2]
 
 
@@ -298,18 +308,25 @@ def _backward_of_copies(
     return sums
 
 
-def moments(x: Array, shape: tuple[int, int, int], *, dtype: str | None = None) -> tuple[float, Array, Array]:
-    """(count, mean, m2) of each channel, mean and m2 float64 (C,) on the GPU; x and shape as in `forward`."""
+def moments(
+    x: Array, shape: tuple[int, int, int], *, sample_weight: Array | None = None, dtype: str | None = None
+) -> tuple[Any, Array, Array]:
+    """(count, mean, m2) of each channel, mean and m2 float64 (C,) on the GPU; arguments as in `forward`.
+
+    With weights, count is their sum, a float64 array of no dimensions on the GPU.
+    """
     dtype, plan, shape, call = _begin(x, shape, dtype)
     C = shape[1]
     arrays = kernels().arrays
     table, coefs = arrays.empty((7, C), np.float64), arrays.empty((5, C), call.compute)
     space = workspace(4 * C * plan.splits, plan.groups, (call.device, call.stream))
-    nothing = call.optional(None, "float32")
+    none = call.optional(None, "float32")
+    weights = call.weights(sample_weight, False)
     arguments = (
-        *(call.tensor(x), *geometry(plan, shape), plan.splits, plan.chunk, flat(space.partials), flat(space.counters)),
-        *(flat(table), flat(coefs), nothing, nothing, nothing, nothing, 0.0, 1.0, 1.0),
+        *(call.tensor(x), *weights.of(plan), flat(weights.counts), *geometry(plan, shape), plan.splits, plan.chunk),
+        *(flat(space.partials), flat(space.counters)),
+        *(flat(table), flat(coefs), none, none, none, none, 0.0, 1.0, 1.0),
     )
-    call.run(f"stats_{plan.family}", plan.blocks, arguments)
-    count = float(shape[0] * shape[2])
+    call.run(f"stats_{plan.family}", plan.blocks, arguments, weighted=weights.given)
+    count = weights.counts[0] if weights.given else float(shape[0] * shape[2])
     return count, table[2].copy(), table[4] * count

@@ -22,6 +22,7 @@ from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 # kernel(thread, first, last): the tasks first..last, with the workspace of `thread`.
 Kernel = Callable[[int, int, int], object]
@@ -133,20 +134,42 @@ def _serve(queue: SimpleQueue[_Share]) -> None:
 
 _pool = _Pool()
 
-# Held while kernels' modules are imported, which takes a second at first and starts with Numba: a child forked meanwhile would
-# inherit modules that are half there, and import locks of a thread that it does not have.
+# Held while kernels' modules are imported, which takes a second at first and starts with Numba.
 importing = threading.RLock()
+_held = threading.local()
 
 
-def _start_afresh() -> None:
+def _compiler_lock() -> Any:
+    """The lock under which Numba compiles, once Numba is there."""
+    return getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+
+
+def _before_fork() -> None:
+    """Wait until no thread imports or compiles: a child would inherit modules that are half there, a compiler stopped in the
+    middle, and locks of a thread that it does not have."""
+    _held.locks = []
+    # Numba's lock first, as in a thread that compiles and needs a kernel meanwhile; again, should Numba have come while waiting.
+    for find in (_compiler_lock, lambda: importing, _compiler_lock):
+        lock = find()
+        if lock is not None:
+            lock.acquire()
+            _held.locks.append(lock)
+
+
+def _after_fork() -> None:
+    while _held.locks:
+        _held.locks.pop().release()
+
+
+def _after_fork_in_child() -> None:
     global _pool
     _pool = _Pool()
     _default_threads.cache_clear()  # a child may be pinned to other processors than its parent
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_afresh)
-    os.register_at_fork(before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:

@@ -10,8 +10,8 @@ from fastbn.kernels import formulas
 from fastbn.kernels.simd import get, moved, put
 from fastbn.kernels.variants import inline
 
-# Rows of the forward's table.
-GAMMA, BETA, MEAN, LOW, VAR, INVSTD, SCALE = range(7)
+# Rows of the forward's table; MEAN to BETA are what normalising reads.
+GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA = range(7)
 TABLE_ROWS = 7
 # Rows of the backward's table: the two sums over a channel, and dx = A * dy + B * (x - mean) + C.
 SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)

@@ -18,12 +18,11 @@ Versions, 32x2048x7x7 float32 training forward on 2 threads of an AVX-512 machin
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
 
-from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel
-from fastbn.kernels.planes import activate, add_value, flush_bits
+from fastbn.kernels.channels import MEAN, finish_blocks, moments_of_sums, shift_of_channel
+from fastbn.kernels.planes import add_value, flush_bits, normalise, normalise_some
 from fastbn.kernels.simd import (
     LANES,
     address,
-    centre,
     fence,
     get,
     keep,
@@ -34,12 +33,9 @@ from fastbn.kernels.simd import (
     pointer_of,
     prefetch,
     provided,
-    put,
     row_stride,
     splat,
     store,
-    store_some,
-    stream,
     sum_lanes,
 )
 from fastbn.kernels.variants import inline
@@ -81,21 +77,19 @@ def vectors(scratch, of):
 @inline
 def spread(p, j, value, S):
     """p[j:j+S] = value. Whole vectors: what they write behind is written again by the next channel, or is padding."""
-    if S == 1:
-        put(p, j, value)
-    else:
-        v = splat(value)
-        for s in range(0, S, LANES):
-            store(p, j + s, v)
+    v = splat(value)
+    for s in range(0, S, LANES):
+        store(p, j + s, v)
 
 
 @inline
-def expand(scratch, to, table, of, first, channels, S, width):
-    """scratch[to, j] = table[of, channel of column j]."""
-    p = vectors(scratch, to)
-    for start in range(0, width, channels * S):
-        for c in range(channels):
-            spread(p, start + c * S, table[of, first + c], S)
+def expand(scratch, to, table, of, rows, first, channels, S, width):
+    """scratch[to + k, j] = table[of + k, channel of column j] for k < rows."""
+    for k in range(rows):
+        p = vectors(scratch, to + k)
+        for start in range(0, width, channels * S):
+            for c in range(channels):
+                spread(p, start + c * S, table[of + k, first + c], S)
 
 
 @inline
@@ -173,6 +167,12 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
 
 
 @inline
+def next_tile(r, last):
+    """Where the tile that starts at row r ends; the incomplete row `last`, if there is one, is a tile of its own."""
+    return r + 1 if r == last else min(r + TILE, last)
+
+
+@inline
 def total_weight(weight, first, last, S):
     total = 0.0
     for r in range(first, last):
@@ -194,10 +194,11 @@ def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold,
     zero_row(scratch, SUM_ROW, width)
     zero_row(scratch, SQUARE_ROW, width)
     lead = rows_ahead(x, width)
-    for r in range(first, last, TILE):
-        gather_tile(x, weight, r, min(r + TILE, last), column, width, S, scratch, lead)
-    if rest > 0:
-        gather_tile(x, weight, last, last + 1, column, rest, S, scratch, 0)
+    r, end = first, last + (rest > 0)
+    while r < end:
+        stop = next_tile(r, last)
+        gather_tile(x, weight, r, stop, column, rest if r == last else width, S, scratch, lead)
+        r = stop
     count = float((last - first) * S * fold + rest // C) if weight is None else total_weight(weight, first, last, S)
     for c in range(channels):
         s = collapse(scratch, SUM_ROW, c, channels, S, width)
@@ -221,11 +222,9 @@ def stats_columns(x, weight, R, rest, C, S, fold, partial, points, scratch, thre
 
 
 @inline
-def expand_channels(table, scratch, first, channels, S, width):
-    expand(scratch, MEAN_ROW, table, MEAN, first, channels, S, width)
-    expand(scratch, LOW_ROW, table, LOW, first, channels, S, width)
-    expand(scratch, SCALE_ROW, table, SCALE, first, channels, S, width)
-    expand(scratch, BIAS_ROW, table, BETA, first, channels, S, width)
+def lanes_at(j, head, width):
+    """How many columns the vector at j takes: what comes before the boundary, then sixteen, then what is left."""
+    return head - j if j < head else min(LANES, width - j)
 
 
 @inline
@@ -233,46 +232,33 @@ def normalise_column(x, y, residual, mask, relu, first, last, column, j, n, scra
     """Columns j..j+n (n <= 16) of rows first..last: their scales are loaded once."""
     mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
     scale, bias = load(vectors(scratch, SCALE_ROW), j), load(vectors(scratch, BIAS_ROW), j)
-    for r in range(first, last):
-        xp, yp = row(x, r, column), row(y, r, column)
-        prefetch(xp, j + lead)
-        mp = row(mask, r, column >> 4)
-        v = load(xp, j) if n == LANES else load_some(xp, j, n)
-        v = centre(xp, v, mean, low) * scale + bias
-        if residual is not None:
-            rp = row(residual, r, column)
-            v += load(rp, j) if n == LANES else load_some(rp, j, n)
-        v, carry = activate(v, relu, mp, 0, j, n)
-        if n < LANES:
+    channel = (mean, low, scale, bias)
+    if n == LANES:
+        for r in range(first, last):
+            xp = row(x, r, column)
+            prefetch(xp, j + lead)
+            normalise(xp, row(y, r, column), row(residual, r, column), row(mask, r, column >> 4), relu, j, channel, streamed, 0)
+    else:
+        for r in range(first, last):
+            mp = row(mask, r, column >> 4)
+            carry = normalise_some(row(x, r, column), row(y, r, column), row(residual, r, column), mp, relu, j, n, channel, 0)
             flush_bits(mp, carry, j + n)
-            store_some(yp, j, v, n)
-        elif streamed:
-            stream(yp, j, v)
-        else:
-            store(yp, j, v)
-
-
-@inline
-def normalise_tile(x, y, residual, mask, relu, first, last, column, width, scratch, streamed, head, lead):
-    j = 0
-    if head > 0:
-        normalise_column(x, y, residual, mask, relu, first, last, column, 0, head, scratch, False, lead)
-        j = head
-    while j + LANES <= width:
-        normalise_column(x, y, residual, mask, relu, first, last, column, j, LANES, scratch, streamed, lead)
-        j += LANES
-    if j < width:
-        normalise_column(x, y, residual, mask, relu, first, last, column, j, width - j, scratch, False, lead)
 
 
 @inline
 def normalise_rows(x, y, residual, mask, relu, first, last, rest, column, width, scratch, streamed, lead):
     """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch `lead` values on."""
-    head = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
-    for r in range(first, last, TILE):
-        normalise_tile(x, y, residual, mask, relu, r, min(r + TILE, last), column, width, scratch, streamed, head, lead)
-    if rest > 0:
-        normalise_tile(x, y, residual, mask, relu, last, last + 1, column, rest, scratch, False, 0, 0)
+    boundary = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
+    r, end = first, last + (rest > 0)
+    while r < end:
+        stop = next_tile(r, last)
+        here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
+        j = 0
+        while j < here:
+            n = lanes_at(j, head, here)
+            normalise_column(x, y, residual, mask, relu, r, stop, column, j, n, scratch, around, lead)
+            j += n
+        r = stop
 
 
 def normalise_columns(
@@ -290,7 +276,7 @@ def normalise_columns(
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
         more = rest if b == blocks - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
-        expand_channels(table, mine, c0, channels, S, width)
+        expand(mine, MEAN_ROW, table, MEAN, 4, c0, channels, S, width)  # MEAN, LOW, SCALE, BETA
         normalise_rows(x, y, residual, mask, relu, r0, r1, more, column, width, mine, streamed, rows_ahead(x, width))
     if streamed:
         fence()
@@ -327,7 +313,7 @@ def forward_columns(
         c0, channels, column, width = strip_of(strip, group, C, S, 1)
         for c in range(c0, c0 + channels):
             finish_blocks(table, partial, c, eps)
-        expand_channels(table, mine, c0, channels, S, width)
+        expand(mine, MEAN_ROW, table, MEAN, 4, c0, channels, S, width)  # MEAN, LOW, SCALE, BETA
         # While y is streamed out, the next strip is prefetched: reads and writes overlap as in a copy.
         normalise_rows(x, y, residual, mask, relu, 0, R, 0, column, width, mine, streamed, width)
     if streamed:

@@ -4,12 +4,14 @@ The layouts and the strips are those of columns.py, the formulas those of planes
 sweep everything once each; `backward_columns` takes short planes strip by strip, so that the second sweep reads the cache.
 """
 
-from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_blocks_backward
+from fastbn.kernels.channels import COEF_A, MEAN, finish_blocks_backward
 from fastbn.kernels.columns import (
     TILE,
     collapse,
     expand,
     expand_weights,
+    lanes_at,
+    next_tile,
     row,
     rows_ahead,
     strip_of,
@@ -17,7 +19,7 @@ from fastbn.kernels.columns import (
     weight_vector,
     zero_row,
 )
-from fastbn.kernels.planes_backward import add_products, gradient, gradient_some, slope
+from fastbn.kernels.planes_backward import add_products, apply, apply_some, gradient, gradient_some
 from fastbn.kernels.simd import (
     LANES,
     centre,
@@ -29,8 +31,6 @@ from fastbn.kernels.simd import (
     prefetch,
     splat,
     store,
-    store_some,
-    stream,
 )
 from fastbn.kernels.variants import inline
 
@@ -80,15 +80,15 @@ def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch, lead):
 def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fold, table, scratch, partial, block):
     """Both sums of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
     c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    expand(scratch, MEAN_ROW, table, MEAN, c0, channels, S, width)
-    expand(scratch, LOW_ROW, table, LOW, c0, channels, S, width)
+    expand(scratch, MEAN_ROW, table, MEAN, 2, c0, channels, S, width)  # MEAN, LOW
     zero_row(scratch, DY_ROW, width)
     zero_row(scratch, DY_XMU_ROW, width)
     lead = rows_ahead(x, width)
-    for r in range(first, last, TILE):
-        reduce_tile(x, dy, weight, mask, r, min(r + TILE, last), column, width, scratch, lead)
-    if rest > 0:
-        reduce_tile(x, dy, weight, mask, last, last + 1, column, rest, scratch, 0)
+    r, end = first, last + (rest > 0)
+    while r < end:
+        stop = next_tile(r, last)
+        reduce_tile(x, dy, weight, mask, r, stop, column, rest if r == last else width, scratch, lead)
+        r = stop
     for c in range(channels):
         partial[c0 + c, block, 0] = collapse(scratch, DY_ROW, c, channels, S, width)
         partial[c0 + c, block, 1] = collapse(scratch, DY_XMU_ROW, c, channels, S, width)
@@ -110,11 +110,8 @@ def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scr
 
 @inline
 def expand_coefficients(table, grads, scratch, first, channels, S, width):
-    expand(scratch, MEAN_ROW, table, MEAN, first, channels, S, width)
-    expand(scratch, LOW_ROW, table, LOW, first, channels, S, width)
-    expand(scratch, A_ROW, grads, COEF_A, first, channels, S, width)
-    expand(scratch, B_ROW, grads, COEF_B, first, channels, S, width)
-    expand(scratch, C_ROW, grads, COEF_C, first, channels, S, width)
+    expand(scratch, MEAN_ROW, table, MEAN, 2, first, channels, S, width)  # MEAN, LOW
+    expand(scratch, A_ROW, grads, COEF_A, 3, first, channels, S, width)  # COEF_A, COEF_B, COEF_C
 
 
 @inline
@@ -123,50 +120,35 @@ def apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column
     mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
     a, b, c = load(vectors(scratch, A_ROW), j), load(vectors(scratch, B_ROW), j), load(vectors(scratch, C_ROW), j)
     coefficients = (mean, low, a, b, c)
-    for r in range(first, last):
-        xp, dyp, dxp = row(x, r, column), row(dy, r, column), row(dx, r, column)
-        prefetch(xp, j + lead)
-        prefetch(dyp, j + lead)
-        mp = mask_row(mask, r, column)
-        if n == LANES:
-            v, g = load(xp, j), gradient(dyp, mp, j)
-        else:
-            v, g = load_some(xp, j, n), gradient_some(dyp, mp, j, n)
-        w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
-        v = slope(g, centre(xp, v, mean, low), coefficients, w, frozen)
-        if dresidual is not None:
-            store_some(row(dresidual, r, column), j, g, n)
-        if n < LANES:
-            store_some(dxp, j, v, n)
-        elif streamed:
-            stream(dxp, j, v)
-        else:
-            store(dxp, j, v)
-
-
-@inline
-def apply_tile(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, width, S, scratch, streamed, head, lead):
-    expand_weights(weight, scratch, WEIGHT_ROWS, first, last, S, width)
-    j = 0
-    if head > 0:
-        apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, 0, head, scratch, False, lead)
-        j = head
-    while j + LANES <= width:
-        apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, j, LANES, scratch, streamed, lead)
-        j += LANES
-    if j < width:
-        apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, j, width - j, scratch, False, lead)
+    if n == LANES:
+        for r in range(first, last):
+            xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
+            prefetch(xp, j + lead)
+            prefetch(dyp, j + lead)
+            w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
+            apply(xp, dyp, dxp, drp, mask_row(mask, r, column), w, frozen, j, coefficients, streamed)
+    else:
+        for r in range(first, last):
+            xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
+            w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
+            apply_some(xp, dyp, dxp, drp, mask_row(mask, r, column), w, frozen, j, n, coefficients)
 
 
 @inline
 def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, first, last, rest, column, width, S, scratch, streamed, lead):
     """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch `lead` values on."""
-    head = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
-    for r in range(first, last, TILE):
-        stop = min(r + TILE, last)
-        apply_tile(x, dy, dx, dresidual, weight, mask, frozen, r, stop, column, width, S, scratch, streamed, head, lead)
-    if rest > 0:
-        apply_tile(x, dy, dx, dresidual, weight, mask, frozen, last, last + 1, column, rest, S, scratch, False, 0, 0)
+    boundary = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
+    r, end = first, last + (rest > 0)
+    while r < end:
+        stop = next_tile(r, last)
+        here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
+        expand_weights(weight, scratch, WEIGHT_ROWS, r, stop, S, here)
+        j = 0
+        while j < here:
+            n = lanes_at(j, head, here)
+            apply_column(x, dy, dx, dresidual, weight, mask, frozen, r, stop, column, S, j, n, scratch, around, lead)
+            j += n
+        r = stop
 
 
 def apply_columns(

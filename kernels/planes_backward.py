@@ -92,11 +92,11 @@ def slope(g, xmu, coefficients, w, frozen):
 
 
 @inline
-def apply(xp, dyp, dxp, drp, mp, wp, frozen, j, coefficients, streamed):
+def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
     """dx[j:j+16], and dresidual where there is one."""
     g = gradient(dyp, mp, j)
     xmu = centre(xp, load(xp, j), coefficients[0], coefficients[1])
-    v = slope(g, xmu, coefficients, load(wp, j), frozen)
+    v = slope(g, xmu, coefficients, w, frozen)
     if streamed:
         stream(dxp, j, v)
     else:
@@ -106,10 +106,10 @@ def apply(xp, dyp, dxp, drp, mp, wp, frozen, j, coefficients, streamed):
 
 
 @inline
-def apply_some(xp, dyp, dxp, drp, mp, wp, frozen, j, n, coefficients):
+def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
     g = gradient_some(dyp, mp, j, n)
     xmu = centre(xp, load_some(xp, j, n), coefficients[0], coefficients[1])
-    v = slope(g, xmu, coefficients, load_some(wp, j, n), frozen)
+    v = slope(g, xmu, coefficients, w, frozen)
     store_some(dxp, j, v, n)
     if drp is not None:
         store_some(drp, j, g, n)
@@ -127,13 +127,13 @@ def apply_plane(xp, dyp, dxp, drp, mp, wp, frozen, start, stop, coefficients, st
     j = start
     head = head_of(dxp, start, stop, streamed)
     if head > 0:
-        apply_some(xp, dyp, dxp, drp, mp, wp, frozen, j, head, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, load_some(wp, j, head), frozen, j, head, coefficients)
         j += head
     while j + LANES <= stop:
-        apply(xp, dyp, dxp, drp, mp, wp, frozen, j, coefficients, streamed)
+        apply(xp, dyp, dxp, drp, mp, load(wp, j), frozen, j, coefficients, streamed)
         j += LANES
     if j < stop:
-        apply_some(xp, dyp, dxp, drp, mp, wp, frozen, j, stop - j, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, load_some(wp, j, stop - j), frozen, j, stop - j, coefficients)
 
 
 @inline
@@ -144,18 +144,18 @@ def apply_and_reduce(
     """The fused sweep: dx of the plane at xp, which is in the cache, and the sums of the plane ahead, which is in memory."""
     head = head_of(dxp, 0, S, streamed)
     if head > 0:
-        apply_some(xp, dyp, dxp, drp, mp, wp, None, 0, head, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, load_some(wp, 0, head), None, 0, head, coefficients)
     i = 0
     j = head
     while j + LANES <= S:
         prefetch_run(x_ahead, i + PREFETCH, left, x_after)
         prefetch_run(dy_ahead, i + PREFETCH, left, dy_after)
         sums = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, sums)
-        apply(xp, dyp, dxp, drp, mp, wp, None, j, coefficients, streamed)
+        apply(xp, dyp, dxp, drp, mp, load(wp, j), None, j, coefficients, streamed)
         i += LANES
         j += LANES
     if j < S:
-        apply_some(xp, dyp, dxp, drp, mp, wp, None, j, S - j, coefficients)
+        apply_some(xp, dyp, dxp, drp, mp, load_some(wp, j, S - j), None, j, S - j, coefficients)
     return reduce_plane(x_ahead, dy_ahead, m_ahead, weight, i, S, mean, low, sums)
 
 

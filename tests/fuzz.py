@@ -126,9 +126,13 @@ def parameter(r, C, low, high):
 def sample_weight(r, shape, axis):
     full = shape[:axis] + shape[axis + 1 :]
     shape = full if r.random() < 0.5 else full[:1]
-    choices, dtype = r.choice(
-        (((False, True), bool), ((0, 1, 2), np.int64), ((0.0, 0.5, 1.0, 1.75), np.float32), ((0.0, 1.0, 1e-20, 1e200, 1e-200), float))
+    kinds = (
+        ((False, True), bool),
+        ((0, 1, 2), np.int64),
+        ((0.0, 0.5, 1.0, 1.75), np.float32),
+        ((0.0, 1.0, 1e-20, 1e200, 1e-200), np.float64),
     )
+    choices, dtype = r.choice(kinds)
     return scatter(r, np.asarray(r.choices(choices, k=int(np.prod(shape))), dtype).reshape(shape))
 
 
@@ -175,7 +179,8 @@ def valid_case(r):
 def make_case(r):
     case = valid_case(r)
     for _ in range(r.choice((0, 1, 1, 1, 2, 3))):
-        r.choice((bad_array, bad_array, bad_number, read_only, alias, alias, self_overlap))(r, case)
+        if arrays_of(case):
+            r.choice((bad_array, bad_array, bad_number, read_only, alias, alias, self_overlap))(r, case)
     return case
 
 
@@ -289,8 +294,7 @@ def main():
         except Exception as error:
             outcomes["failed"] += 1
             print(f"case {n}: python tests/fuzz.py --seed {options.seed} --first {n} --cases 1\n{case.describe()}")
-            print("    " + "".join(traceback.format_exception_only(error)).replace("\n", "\n    "), flush=True)
-            traceback.print_tb(error.__traceback__, -3)
+            print("".join(traceback.format_exception(error, limit=-2)), flush=True)
         if outcomes["failed"] >= options.failures or time.perf_counter() - start > options.seconds:
             break
     print(f"{sum(outcomes.values())} cases in {time.perf_counter() - start:.0f} s")

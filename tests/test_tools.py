@@ -144,7 +144,9 @@ def test_empty_array():
     assert "no kernel runs" in str(explanation)
 
 
-@pytest.mark.parametrize("x", [[[1.0]], np.zeros(3), np.zeros((2, 2), int), np.ma.zeros((2, 2))], ids=["list", "1-D", "int", "masked"])
+@pytest.mark.parametrize(
+    "x", [[[1.0]], np.zeros(3), np.zeros((2, 2), int), np.ma.zeros((2, 2))], ids=["list", "1-D", "int", "masked"]
+)
 def test_explain_refuses_what_the_functions_refuse(x):
     with pytest.raises((TypeError, ValueError)) as by_explain:
         fastbn.explain(x)
@@ -251,6 +253,7 @@ print(json.dumps({{"made": made, "late": late}}))
         {"ndim": [2]},
         {"ndim": [2, 4], "axis": [-1], "dtypes": ["float64"]},
         {"ndim": [2], "dtypes": ["float16", "bfloat16"]},
+        {"ndim": [2], "features": ["relu", "residual"]},
         pytest.param({"features": ["relu", "residual", "weights"]}, marks=pytest.mark.slow),
     ],
     ids=str,

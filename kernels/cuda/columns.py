@@ -20,10 +20,11 @@ from numba import float32, float64, int32, int64, uint32
 
 from fastbn.kernels.cuda.blocks import divide, is_last_block
 from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats
-from fastbn.kernels.cuda.planes import SMALL, put_partial
+from fastbn.kernels.cuda.planes import SMALL, first_shift, put_partial
 from fastbn.kernels.cuda.target import cuda, device
 from fastbn.kernels.cuda.tiles import merge, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
+from fastbn.kernels.cuda.weights import weighted_moments
 
 
 @device
@@ -108,8 +109,9 @@ def merge_columns(columns, groups):
 
     @device
     def merge_columns(
-        partials, column_tile, C, splits, table, coefs, gamma, beta, running_mean, running_var, momentum, eps, correction
-    ):
+        partials, column_tile, C, splits, counts, table, coefs, gamma, beta, running_mean, running_var, momentum, eps,
+        correction,
+    ):  # fmt: skip
         s0_cells = cuda.shared.array(merge_cells, float64)
         s1_cells = cuda.shared.array(merge_cells, float64)
         s2_cells = cuda.shared.array(merge_cells, float64)
@@ -119,8 +121,7 @@ def merge_columns(columns, groups):
             c = column_tile * columns + column
             s0, s1, s2 = 0.0, 0.0, 0.0
             if c < C:
-                shift = partials[c * FIELDS + 1]
-                offset = partials[c * FIELDS + 2]
+                shift, offset = first_shift(partials, c * FIELDS, C * FIELDS, splits)
                 k = g
                 while k < splits:
                     row = (k * C + c) * FIELDS
@@ -145,9 +146,12 @@ def merge_columns(columns, groups):
                     s1 += s1_cells[g * columns + column]
                     s2 += s2_cells[g * columns + column]
                 average = s1 / s0
+                shift, offset = first_shift(partials, c * FIELDS, C * FIELDS, splits)
+                if counts.size > 0:
+                    s0, correction = counts[0], counts[1]
                 finish_stats(
-                    table, coefs, c, C, s0, partials[c * FIELDS + 1], partials[c * FIELDS + 2] + average,
-                    s2 - average * s1, gamma, beta, running_mean, running_var, momentum, eps, correction,
+                    table, coefs, c, C, s0, shift, offset + average, s2 - average * s1, gamma, beta, running_mean, running_var,
+                    momentum, eps, correction,
                 )  # fmt: skip
             column += int64(cuda.blockDim.x)
 
@@ -155,13 +159,15 @@ def merge_columns(columns, groups):
 
 
 @cache
-def stats_columns(kind, lanes, threads, wide):
-    """The kernel for arrays of `kind` with blocks of `threads` threads, `wide` vectors across."""
+def stats_columns(kind, lanes, threads, wide, weighted=False):
+    """The kernel for arrays of `kind` with blocks of `threads` threads, `wide` vectors across; `weighted` weighs the rows."""
     T = kind.compute
     TILE = tile_size(T)
     rescale = float32 == T
     load_rows = row_access(kind, lanes)
     moments = lane_moments(T, lanes)
+    weighted_lane = weighted_moments(T, lanes)
+    room = TILE if weighted else 1
     per_tile = TILE // lanes
     high = threads // wide
     columns = wide * lanes
@@ -170,7 +176,7 @@ def stats_columns(kind, lanes, threads, wide):
     small = T(SMALL)
 
     def stats_columns(
-        x, rows, C, splits, chunk, partials, counters, table, coefs, gamma, beta, running_mean, running_var,
+        x, weight, weight_n, counts, rows, C, splits, chunk, partials, counters, table, coefs, gamma, beta, running_mean, running_var,
         momentum, eps, correction,
     ):  # fmt: skip
         a_cells = cuda.shared.array(cells, T)
@@ -178,9 +184,10 @@ def stats_columns(kind, lanes, threads, wide):
         centre = cuda.shared.array(columns, T)
         a_sum = cuda.shared.array(columns, T)
         b_sum = cuda.shared.array(columns, T)
-        counts = cuda.shared.array(high, T)
+        n_cells = cuda.shared.array(high, T)
         ticket = cuda.shared.array(1, int32)
         tile = cuda.local.array(TILE, T)
+        w = cuda.local.array(room, T)
         shift = cuda.local.array(lanes, T)
         mean = cuda.local.array(lanes, T)
         m2 = cuda.local.array(lanes, T)
@@ -202,10 +209,19 @@ def stats_columns(kind, lanes, threads, wide):
             while inside and row < end:
                 count = valid_rows(row, end, high, per_tile)
                 load_rows(x, tile, row, count, high, C, c)
-                if n == T(0):
+                if weighted:
+                    for u in range(per_tile):
+                        for v in range(lanes):
+                            w[u * lanes + v] = weight[(row + u * high) * weight_n] if u < count else T(0)
+                    after = n
                     for v in range(lanes):
-                        shift[v] = tile[v] * scale
-                n = moments(tile, count, shift, scale, n, mean, m2)
+                        after, shift[v], mean[v], m2[v] = weighted_lane(tile, w, v, shift[v], scale, n, mean[v], m2[v])
+                    n = after
+                else:
+                    if n == T(0):
+                        for v in range(lanes):
+                            shift[v] = tile[v] * scale
+                    n = moments(tile, count, shift, scale, n, mean, m2)
                 row += rows_a_tile
             # thread -> block: a centre from the threads of ty == 0, then deviations around it
             column = tx * lanes
@@ -213,17 +229,19 @@ def stats_columns(kind, lanes, threads, wide):
                 for v in range(lanes):
                     centre[column + v] = shift[v]
             if tx == 0:
-                counts[ty] = n
+                n_cells[ty] = n
             cuda.syncthreads()
             total = T(0)
             for h in range(high):
-                total += counts[h]
+                total += n_cells[h]
             for v in range(lanes):
                 deviation = (shift[v] - centre[column + v]) + mean[v]
                 a_cells[ty * columns + column + v] = n * deviation if n > T(0) else T(0)
             add_columns(a_cells, columns, high, a_sum)
             for v in range(lanes):
-                middle = centre[column + v] + a_sum[column + v] / total
+                middle = centre[column + v]
+                if total > T(0):  # a block whose rows all weigh 0 has none
+                    middle += a_sum[column + v] / total
                 deviation = (shift[v] - middle) + mean[v]
                 if n == T(0):
                     deviation = T(0)
@@ -247,7 +265,7 @@ def stats_columns(kind, lanes, threads, wide):
                 put_partial(partials, k * C + c + v, total, shift[v], a_sum[column], b_sum[column], scale)
         if is_last_block(counters, column_tile, splits, ticket):
             merge_blocks(
-                partials, column_tile, C, splits, table, coefs, gamma, beta, running_mean, running_var,
+                partials, column_tile, C, splits, counts, table, coefs, gamma, beta, running_mean, running_var,
                 momentum, eps, correction,
             )  # fmt: skip
 

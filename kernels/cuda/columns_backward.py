@@ -21,7 +21,7 @@ from fastbn.kernels.cuda.vectors import access
 
 
 @cache
-def reduce_columns(kind, lanes, threads, wide, relu):
+def reduce_columns(kind, lanes, threads, wide, relu, weighted=False):
     """The kernel for arrays of `kind`: the sums of dy and of dy * xhat, then all that follows from them; `relu` reads the mask."""
     T = kind.compute
     TILE = tile_size(T)
@@ -35,7 +35,7 @@ def reduce_columns(kind, lanes, threads, wide, relu):
     merge_cells = groups * columns
 
     def reduce_columns(
-        x, dy, mask, rows, C, splits, chunk, partials, counters, table, grads, coefs, grad_coefs, dgamma, dbeta, frozen
+        x, dy, counts, mask, rows, C, splits, chunk, partials, counters, table, grads, coefs, grad_coefs, dgamma, dbeta, frozen
     ):
         a_cells = cuda.shared.array(cells, T)
         b_cells = cuda.shared.array(cells, T)
@@ -82,7 +82,8 @@ def reduce_columns(kind, lanes, threads, wide, relu):
                     i = u * lanes + v
                     if u < count:
                         a += dy_tile[i]
-                        b += dy_tile[i] * (((x_tile[i] - hi[v]) - lo[v]) * invstd[v])
+                        if not weighted or dy_tile[i] != T(0):  # where it weighs 0, x may be NaN: it counts only where dy does
+                            b += dy_tile[i] * (((x_tile[i] - hi[v]) - lo[v]) * invstd[v])
                 sum_dy[v], error = exact_sum(sum_dy[v], a)
                 lost_dy[v] += error
                 sum_xhat[v], error = exact_sum(sum_xhat[v], b)
@@ -120,28 +121,28 @@ def reduce_columns(kind, lanes, threads, wide, relu):
             while column < columns:
                 c = column_tile * columns + column
                 if c < C:
-                    finish_backward(
-                        table, grads, grad_coefs, c, C, a_total[column], b_total[column], float64(rows), dgamma, dbeta, frozen
-                    )
+                    count = counts[0] if weighted else float64(rows)
+                    a64, b64 = a_total[column], b_total[column]
+                    finish_backward(table, grads, grad_coefs, c, C, a64, b64, count, dgamma, dbeta, frozen)
                 column += threads
 
     return reduce_columns
 
 
 @cache
-def apply_columns(kind, lanes, threads, wide, relu, residual, frozen):
+def apply_columns(kind, lanes, threads, wide, relu, residual, frozen, weighted=False):
     """The kernel for arrays of `kind`: dx; `residual` writes the gradient before the normalisation too; `frozen` needs no x."""
     T = kind.compute
     TILE = tile_size(T)
     _, store = access(kind, lanes)
     load_rows = row_access(kind, lanes)
-    gradient = tile_gradient(T, frozen)
+    gradient = tile_gradient(T, frozen, weighted)
     masked = tile_masked(T)
     per_tile = TILE // lanes
     high = threads // wide
     columns = wide * lanes
 
-    def apply_columns(x, dy, dx, dresidual, mask, rows, C, chunk, coefs, grad_coefs):
+    def apply_columns(x, dy, dx, dresidual, weight, weight_n, mask, rows, C, chunk, coefs, grad_coefs):
         x_tile = cuda.local.array(TILE, T)
         dy_tile = cuda.local.array(TILE, T)
         hi = cuda.local.array(lanes, T)
@@ -178,8 +179,9 @@ def apply_columns(kind, lanes, threads, wide, relu, residual, frozen):
                         at = (row + u * high) * C + c
                         if residual:
                             store(dresidual, at, dy_tile, u * lanes)
+                        w = weight[(row + u * high) * weight_n] if weighted else T(1)
                         for v in range(lanes):
-                            gradient(x_tile, dy_tile, u * lanes + v, hi[v], lo[v], invstd[v], a[v], b[v], d[v])
+                            gradient(x_tile, dy_tile, u * lanes + v, hi[v], lo[v], invstd[v], a[v], b[v], d[v], w)
                         store(dx, at, dy_tile, u * lanes)
                 t += 1
                 row += rows_a_tile

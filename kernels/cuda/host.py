@@ -137,6 +137,26 @@ def nothing(device: int, dtype: str) -> Any:
     return flat(kernels().arrays.empty(0, dtype))
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Sample weights as kernels/cuda/weights.py reads them; empty arrays where there are none."""
+
+    weight: Array
+    counts: Array
+    stride_n: int = 0
+    stride_s: int = 0
+
+    @property
+    def given(self) -> bool:
+        """Whether there are weights."""
+        return bool(self.counts.size)
+
+    def of(self, plan: Any) -> tuple[Any, ...]:
+        """The arguments of a kernel: the array and its strides."""
+        strides = (self.stride_n, self.stride_s) if plan.family == "planes" else (self.stride_n,)
+        return flat(self.weight), *strides
+
+
 class Call:
     """One call's launches: kernel names to variants, argument names to arrays. Twin of the table in dispatch.py."""
 
@@ -153,6 +173,25 @@ class Call:
     def optional(self, x: Array | None, dtype: str) -> Any:
         """A per-channel array, or an empty one of `dtype`."""
         return nothing(self.device, dtype) if x is None else flat(x)
+
+    def weights(self, weight: Array | None, unbiased: bool) -> Weights:
+        """Weights, their sum and the correction of the variance; computed on the GPU, nothing is waited for."""
+        arrays = self.kernels.arrays
+        if weight is None:
+            return Weights(arrays.empty(0, self.compute), arrays.empty(0, np.float64))
+        N, _, S = self.shape
+        weight = arrays.asarray(weight).reshape(-1).astype(self.compute)
+        if S == 1 and 0 < weight.size < N and N % weight.size == 0:
+            weight = arrays.repeat(weight, N // weight.size)
+        if weight.size not in (N, N * S):
+            raise ValueError(
+                f"sample_weight has {weight.size} elements; it needs {N} or {N * S} for data of shape (N, C, S) = {self.shape}"
+            )
+        each = S if weight.size == N else 1  # values that a weight stands for
+        wide = weight.astype(np.float64)
+        total, squares = wide.sum() * each, (wide * wide).sum() * each
+        correction = total * total / (total * total - squares) if unbiased else arrays.ones_like(total)
+        return Weights(weight, arrays.stack([total, correction]), S // each, 1 if each == 1 else 0)
 
     def run(self, name: str, blocks: int, arguments: tuple[Any, ...], parameters="float32", running="float32", **flags) -> None:
         """Launch the kernel `name` of this call's dtype and plan."""

@@ -105,7 +105,7 @@ def _held(values: int, C: int, lanes: int, dtype: str, sizes: Sizes) -> tuple[in
     choices, threads = sizes.persistent, sizes.persistent_threads
     if lanes == 1:  # single accesses take an address register each
         choices, threads = choices[:1], sizes.threads
-    if dtype == "float64" or (C < sizes.persistent_channels and values > sizes.persistent_small):
+    if dtype == "float64" or (sizes.persistent_channels > C and values > sizes.persistent_small):
         return 0, sizes.threads
     held = next((h for h in choices if values <= threads * h), 0)
     return held, threads if held else sizes.threads

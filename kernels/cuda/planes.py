@@ -27,6 +27,7 @@ from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_
 from fastbn.kernels.cuda.target import cuda, device
 from fastbn.kernels.cuda.tiles import merge, tile_moments, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
+from fastbn.kernels.cuda.weights import weighted_share
 
 # The scale of the second attempt: squares of 3e38 * 2**-80, summed over 2**31 values, are finite in float32.
 SMALL = 2.0**-80
@@ -106,7 +107,8 @@ def merge_threads(T):
         cuda.syncthreads()
         centre = scratch[SCRATCH]
         count, s1 = block_sums(n, n * ((shift - centre) + mean), scratch)
-        centre = centre + s1 / count
+        if count > T(0):  # a block whose values all weigh 0 has none
+            centre = centre + s1 / count
         deviation = (shift - centre) + mean
         if n == T(0):
             deviation = T(0)
@@ -120,7 +122,7 @@ def merge_threads(T):
 def put_partial(partials, row, count, centre, s1, s2, scale):
     """A block's moments as a row of partials, unscaled: count, shift, mean - shift, M2."""
     unscale = 1.0 / float64(scale)
-    average = float64(s1) / float64(count)
+    average = float64(s1) / float64(count) if count > 0 else 0.0
     partials[row * FIELDS] = float64(count)
     partials[row * FIELDS + 1] = float64(centre) * unscale
     partials[row * FIELDS + 2] = average * unscale
@@ -128,10 +130,19 @@ def put_partial(partials, row, count, centre, s1, s2, scale):
 
 
 @device
+def first_shift(partials, at, stride, splits):
+    """(shift, mean - shift) of the first block that has counted something; rows start at `at`, `stride` elements apart."""
+    for _ in range(1, splits):
+        if partials[at] > 0.0:
+            break
+        at += stride
+    return partials[at + 1], partials[at + 2]
+
+
+@device
 def merge_partials(partials, first, splits, scratch):
     """(count, shift, mean - shift, M2) of `splits` rows, in an order that depends on their number and the block's size alone."""
-    shift = partials[first * FIELDS + 1]
-    offset = partials[first * FIELDS + 2]
+    shift, offset = first_shift(partials, first * FIELDS, FIELDS, splits)
     count, unused, s1, s2 = 0.0, 0.0, 0.0, 0.0
     k = int64(cuda.threadIdx.x)
     while k < splits:
@@ -149,8 +160,8 @@ def merge_partials(partials, first, splits, scratch):
 
 
 @cache
-def stats_planes(kind, lanes):
-    """The kernel for arrays of `kind`, read `lanes` elements at a time."""
+def stats_planes(kind, lanes, weighted=False):
+    """The kernel for arrays of `kind`, read `lanes` elements at a time; `weighted` reads a weight for each."""
     T = kind.compute
     TILE = tile_size(T)
     rescale = float32 == T
@@ -158,11 +169,12 @@ def stats_planes(kind, lanes):
     load_tile, load_some = tile_access(kind, lanes)
     moments, moments_some = tile_moments(T)
     merge_block = merge_threads(T)
+    share = weighted_share(kind, lanes)
     small = T(SMALL)
 
     def stats_planes(
-        x, N, C, S, splits, chunk, partials, counters, table, coefs, gamma, beta, running_mean, running_var,
-        momentum, eps, correction,
+        x, weight, weight_n, weight_s, counts, N, C, S, splits, chunk, partials, counters, table, coefs, gamma, beta,
+        running_mean, running_var, momentum, eps, correction,
     ):  # fmt: skip
         scratch = cuda.shared.array(MERGE_SCRATCH, T)
         scratch64 = cuda.shared.array(SCRATCH, float64)
@@ -183,14 +195,17 @@ def stats_planes(kind, lanes):
             n, shift, mean, m2 = T(0), T(0), T(0), T(0)
             address, s = start, start_s
             # tile -> thread
-            for _ in range(first, last):
+            if weighted:
+                tiles = min(first + chunk, whole + (1 if rest > 0 else 0))
+                n, shift, mean, m2 = share(x, weight, weight_n, weight_s, c, N, C, S, first, tiles, scale)
+            for _ in range(first, first if weighted else last):
                 address, s = load_tile(x, tile, address, s, SV, step, step_s, wrap)
                 if n == T(0):
                     shift = tile[0] * scale
                 tile_mean, tile_m2 = moments(tile, shift, scale)
                 n, mean, m2 = merge(n, mean, m2, T(TILE), tile_mean, tile_m2)
             # the channel's last tile, where it is not whole
-            if rest > 0 and first + chunk > whole:
+            if not weighted and rest > 0 and first + chunk > whole:
                 count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
                 if count > 0:
                     load_some(x, tile, address, s, SV, step, step_s, wrap, count)
@@ -210,6 +225,8 @@ def stats_planes(kind, lanes):
         if is_last_block(counters, c, splits, ticket):
             count64, shift64, average, m2_64 = merge_partials(partials, c * splits, splits, scratch64)
             if cuda.threadIdx.x == 0:
+                if weighted:
+                    count64, correction = counts[0], counts[1]
                 finish_stats(
                     table, coefs, c, C, count64, shift64, average, m2_64, gamma, beta, running_mean, running_var,
                     momentum, eps, correction,

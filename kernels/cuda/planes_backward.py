@@ -39,17 +39,17 @@ def merge_sums(partials, first, splits, scratch):
 
 
 @cache
-def reduce_planes(kind, lanes, relu):
+def reduce_planes(kind, lanes, relu, weighted=False):
     """The kernel for arrays of `kind`: the sums of dy and of dy * xhat, then all that follows from them; `relu` reads the mask."""
     T = kind.compute
     TILE = tile_size(T)
     per_tile = TILE // lanes
     load_tile, load_some = tile_access(kind, lanes)
-    sums = tile_sums(T)
+    sums = tile_sums(T, weighted)
     masked = tile_masked(T)
 
     def reduce_planes(
-        x, dy, mask, N, C, S, splits, chunk, partials, counters, table, grads, coefs, grad_coefs, dgamma, dbeta, frozen
+        x, dy, counts, mask, N, C, S, splits, chunk, partials, counters, table, grads, coefs, grad_coefs, dgamma, dbeta, frozen
     ):
         scratch = cuda.shared.array(SCRATCH, T)
         scratch64 = cuda.shared.array(SCRATCH, float64)
@@ -98,25 +98,26 @@ def reduce_planes(kind, lanes, relu):
         if is_last_block(counters, c, splits, ticket):
             a64, b64 = merge_sums(partials, c * splits, splits, scratch64)
             if cuda.threadIdx.x == 0:
-                finish_backward(
-                    table, grads, grad_coefs, c, C, a64, b64, float64(N * S), dgamma, dbeta, frozen
-                )  # fmt: skip
+                count64 = counts[0] if weighted else float64(N * S)
+                finish_backward(table, grads, grad_coefs, c, C, a64, b64, count64, dgamma, dbeta, frozen)
 
     return reduce_planes
 
 
 @cache
-def apply_planes(kind, lanes, relu, residual, frozen):
+def apply_planes(kind, lanes, relu, residual, frozen, weighted=False):
     """The kernel for arrays of `kind`: dx; `residual` writes the gradient before the normalisation too; `frozen` needs no x."""
     T = kind.compute
     TILE = tile_size(T)
     per_tile = TILE // lanes
     _, store = access(kind, lanes)
     load_tile, load_some = tile_access(kind, lanes)
-    gradient = tile_gradient(T, frozen)
+    gradient = tile_gradient(T, frozen, weighted)
     masked = tile_masked(T)
 
-    def apply_planes(x, dy, dx, dresidual, mask, N, C, S, splits, chunk, coefs, grad_coefs):
+    def apply_planes(
+        x, dy, dx, dresidual, weight, weight_n, weight_s, mask, N, C, S, splits, chunk, coefs, grad_coefs
+    ):
         x_tile = cuda.local.array(TILE, T)
         dy_tile = cuda.local.array(TILE, T)
         # Channels from last to first: what reduce_planes has read last is still in the L2 cache.
@@ -142,8 +143,12 @@ def apply_planes(kind, lanes, relu, residual, frozen):
             for u in range(per_tile):
                 if residual:
                     store(dresidual, at, dy_tile, u * lanes)
+                if weighted:
+                    i, w_s = divide((t * per_tile + u) * threads + int64(cuda.threadIdx.x), SV)
+                    w_at = i * weight_n + w_s * lanes * weight_s
                 for v in range(lanes):
-                    gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d)
+                    w = weight[w_at + v * weight_s] if weighted else T(1)
+                    gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d, w)
                 store(dx, at, dy_tile, u * lanes)
                 at, at_s = advance(at, at_s, SV, step, step_s, wrap)
         if rest > 0 and first + chunk > whole:
@@ -157,8 +162,12 @@ def apply_planes(kind, lanes, relu, residual, frozen):
                 if u < count:
                     if residual:
                         store(dresidual, address, dy_tile, u * lanes)
+                    if weighted:
+                        i, w_s = divide((whole * per_tile + u) * threads + int64(cuda.threadIdx.x), SV)
+                        w_at = i * weight_n + w_s * lanes * weight_s
                     for v in range(lanes):
-                        gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d)
+                        w = weight[w_at + v * weight_s] if weighted else T(1)
+                        gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d, w)
                     store(dx, address, dy_tile, u * lanes)
                     address, s = advance(address, s, SV, step, step_s, wrap)
 

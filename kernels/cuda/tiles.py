@@ -108,8 +108,11 @@ def tile_masked(T):
 
 
 @cache
-def tile_sums(T):
-    """sums(x, dy, hi, lo, invstd, valid): the sums of dy and of dy * xhat over the first `valid` elements of two tiles."""
+def tile_sums(T, weighted=False):
+    """sums(x, dy, hi, lo, invstd, valid): the sums of dy and of dy * xhat over the first `valid` elements of two tiles.
+
+    Under weights x may be NaN where it weighs 0: it counts only where dy does.
+    """
     TILE = tile_size(T)
 
     @device
@@ -122,19 +125,23 @@ def tile_sums(T):
         for k in range(TILE):
             if k < valid:
                 a[k % 4] += dy[k]
-                b[k % 4] += dy[k] * (((x[k] - hi) - lo) * invstd)
+                if not weighted or dy[k] != T(0):
+                    b[k % 4] += dy[k] * (((x[k] - hi) - lo) * invstd)
         return (a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])
 
     return sums
 
 
 @cache
-def tile_gradient(T, frozen):
-    """gradient(x, dy, k, ...): dx of element k, in place of dy."""
+def tile_gradient(T, frozen, weighted=False):
+    """gradient(x, dy, k, ..., w): dx of element k, in place of dy; w is the element's weight, read if `weighted`."""
 
     @device
-    def gradient(x, dy, k, hi, lo, invstd, a, b, c):
-        if frozen:
+    def gradient(x, dy, k, hi, lo, invstd, a, b, c, w):
+        if weighted:
+            through = w * (b * (((x[k] - hi) - lo) * invstd) + c) if w > T(0) else T(0)
+            dy[k] = a * dy[k] + through
+        elif frozen:
             dy[k] = a * dy[k]
         else:
             dy[k] = a * dy[k] + (b * (((x[k] - hi) - lo) * invstd) + c)

@@ -73,6 +73,8 @@ class Variant:
             "counters": vector(int32),
             "coefs": vector(kind.compute),
             "grad_coefs": vector(kind.compute),
+            "weight": vector(kind.compute),
+            "counts": vector(float64),
             **dict.fromkeys(("table", "grads", "partials"), vector(float64)),
             **dict.fromkeys(TENSORS, vector(kind.storage)),
             **dict.fromkeys(PARAMETERS, vector(PARAMETER_TYPES[self.parameters])),
@@ -116,12 +118,14 @@ def all_variants(sizes=DEFAULT):
                 shapes.append(("planes", (("lanes", lanes),), sizes.persistent_threads))
             for family, shape, threads in shapes:
                 for verb, flags in (
-                    ("stats", ()),
+                    ("stats", ("weighted",)),
                     ("normalise", ("relu", "residual")),
-                    ("reduce", ("relu",)),
-                    ("apply", ("relu", "residual", "frozen")),
+                    ("reduce", ("relu", "weighted")),
+                    ("apply", ("relu", "residual", "frozen", "weighted")),
                 ):
                     for chosen in _combinations(flags):
+                        if {("frozen", True), ("weighted", True)} <= set(chosen):
+                            continue  # weights act through the batch's statistics alone
                         yield Variant(name=f"{verb}_{family}", options=shape + chosen, threads=threads, **common)
             if dtype == "float64":
                 continue

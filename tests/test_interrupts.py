@@ -1,0 +1,215 @@
+"""Ctrl-C in a long call: KeyboardInterrupt soon, nothing written afterwards, running statistics as before, the next call works."""
+
+import signal
+
+import inputs
+import numpy as np
+import pytest
+import subprocesses
+
+import fastbn
+from fastbn import functional, threads
+
+ALARM = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no interval timers")
+# Kernels that take 2 ms a piece and note what they do; real signals, SIGALRM with the handler of SIGINT. Numba is not needed.
+PIECES = """
+import signal, threading, time
+from fastbn import threads
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+written, at_work = [], 0
+
+def kernel(thread, first, last):
+    global at_work
+    at_work += 1
+    try:
+        end = time.perf_counter() + 0.002
+        while time.perf_counter() < end:
+            time.sleep(0.0005)
+        written.append(first)
+    finally:
+        at_work -= 1
+"""
+
+
+@ALARM
+@pytest.mark.parametrize("number", [1, 3])
+def test_one_interrupt(number):
+    out = subprocesses.run(f"""{PIECES}
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+start = time.perf_counter()
+try:
+    threads.parallel(kernel, 3000, 1, {number})  # 2 s at least
+    print("no interrupt")
+except KeyboardInterrupt:
+    print(time.perf_counter() - start < 1.0)  # 0.1 s, a piece, and what a busy machine adds
+before = len(written)
+time.sleep(0.05)
+print(len(written) == before, at_work == 0)
+written.clear()
+threads.parallel(kernel, 60, 1, {number})
+print(sorted(written) == list(range(60)), not threads._pool.at)
+""")
+    assert out.split() == ["True"] * 5
+
+
+@ALARM
+def test_a_storm_of_interrupts():
+    """Every millisecond for 2 s, over many calls: each call ends, with no worker left at work and the pool given back."""
+    out = subprocesses.run(f"""{PIECES}
+interrupts = left_at_work = 0
+armed = False
+
+def handler(number, frame):
+    if armed:
+        raise KeyboardInterrupt
+
+threads.parallel(kernel, 3, 1, 3)
+stop = time.perf_counter() + 2
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+while time.perf_counter() < stop:
+    try:
+        armed = True
+        threads.parallel(kernel, 30, 1, 3)
+        armed = False
+    except KeyboardInterrupt:
+        armed = False
+        interrupts += 1
+        left_at_work += at_work > 0
+armed = False
+signal.setitimer(signal.ITIMER_REAL, 0)
+written.clear()
+threads.parallel(kernel, 60, 1, 3)
+print(interrupts > 20, left_at_work, sorted(written) == list(range(60)), not threads._pool.at)
+""")
+    assert out.split() == ["True", "0", "True", "True"]
+
+
+@ALARM
+def test_a_call_of_the_library():
+    """Real kernels: one Ctrl-C at 20 moments of a training forward into `out`, and of a backward."""
+    out = subprocesses.run("""
+import os, signal, threading, time
+import numpy as np, fastbn, inputs
+fastbn.set_num_threads(2)
+x = np.tile(inputs.normal((1, 64, 56, 56)), (48, 1, 1, 1))  # 39 MB: two pieces and more
+gamma, beta, mean, var = inputs.parameters(64)
+out = np.zeros_like(x)
+forward = lambda: fastbn.batch_norm_forward(x, gamma, beta, mean, var, out=out)
+ctx = forward()[1]
+y, dx = out.copy(), fastbn.batch_norm_backward(x, ctx)[0]
+start = time.perf_counter()
+forward()
+length = time.perf_counter() - start
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+interrupts, problems = 0, []
+for k in range(20):
+    before, out[...] = (mean.copy(), var.copy()), 0
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, length * k / 20))
+            if k % 2:
+                fastbn.batch_norm_backward(x, ctx, out=out)
+            else:
+                forward()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupts += 1
+        taken = out.copy()
+        if not ((mean == before[0]).all() and (var == before[1]).all()):
+            problems.append("running statistics moved")
+        time.sleep(0.005)
+        if out.tobytes() != taken.tobytes():
+            problems.append("written to afterwards")
+forward()
+print(interrupts >= 5, problems, out.tobytes() == y.tobytes(), fastbn.batch_norm_backward(x, ctx)[0].tobytes() == dx.tobytes())
+""")
+    assert out == "True [] True True\n"
+
+
+@ALARM
+def test_in_the_compiler():
+    """Ctrl-C every 60 ms while kernels compile; then the same call works. With no cache, so that there is something to compile."""
+    code = """
+import signal, sys
+import subprocesses, fastbn
+import fastbn.kernels.planes, fastbn.kernels.planes_backward, fastbn.kernels.channels
+interrupts = 0
+if sys.argv[1:] != ["calm"]:
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for k in range(6):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.06 * (k + 1))
+            subprocesses.digest("planes")
+        except KeyboardInterrupt:
+            interrupts += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+print(interrupts, subprocesses.digest("planes"))
+"""
+    interrupts, digest = subprocesses.run(code, env={"FASTBN_CACHE": "0"}, timeout=120).split()
+    assert int(interrupts) >= 3
+    assert digest == subprocesses.digest("planes")
+
+
+def training_arguments():
+    gamma, beta, mean, var = inputs.parameters(5)
+    return inputs.normal((6, 5, 7)), gamma, beta, mean, var
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtypes", ["float32", "float64, float32", "big-endian"])
+@pytest.mark.parametrize("place", ["Context", "update, first", "update, last", "normalise"])
+def test_running_statistics_are_all_or_nothing(place, dtypes, error, monkeypatch):
+    """An exception anywhere, even after the kernel has moved them."""
+    x, gamma, beta, mean, var = training_arguments()
+    if dtypes == "float64, float32":
+        mean = mean.astype(np.float64)
+    if dtypes == "big-endian":
+        mean, var = mean.astype(">f4"), var.astype(">f4")
+    before = mean.tobytes(), var.tobytes()
+    original = functional.cpu.update_running
+
+    def fail(*args, **kwargs):
+        raise error("in the middle")
+
+    def fail_after(*args, **kwargs):
+        original(*args, **kwargs)
+        raise error("in the middle")
+
+    if place == "Context":
+        monkeypatch.setattr(functional, "Context", fail)
+    elif place == "normalise":
+        monkeypatch.setattr(functional.cpu, "normalise", fail)
+    else:
+        monkeypatch.setattr(functional.cpu, "update_running", fail if place == "update, first" else fail_after)
+    with pytest.raises(error, match="in the middle"):
+        fastbn.batch_norm_forward(x, gamma, beta, mean, var)
+    assert (mean.tobytes(), var.tobytes()) == before
+    monkeypatch.undo()
+    fastbn.batch_norm_forward(x, gamma, beta, mean, var)
+    assert mean.tobytes() != before[0]
+
+
+def test_a_warning_that_is_an_error_moves_nothing():
+    """The warning of a channel that is not finite comes before the others are moved. (Warnings are errors in these tests.)"""
+    x, gamma, beta, mean, var = training_arguments()
+    x[1, 2, 3] = np.nan
+    before = mean.tobytes(), var.tobytes()
+    with pytest.raises(RuntimeWarning, match="1 of 5 channels"):
+        fastbn.batch_norm_forward(x, gamma, beta, mean, var)
+    assert (mean.tobytes(), var.tobytes()) == before
+
+
+def test_stop_is_seen_between_pieces():
+    """No piece begins after an error in the caller."""
+    begun = []
+
+    def kernel(thread, first, last):
+        begun.append(first)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.parallel(kernel, 1000, 1, 2)
+    assert len(begun) <= 2
