@@ -88,12 +88,13 @@ def errors(run, x, dy, gamma, beta, exact, grads) -> list[str]:
 def table() -> str:
     """The Markdown table, with what it was measured on."""
     runs = {"fastbn": by_fastbn, "PyTorch": by_torch, "NumPy": by_numpy}
-    versions = [f"fastbn {fastbn.__version__}", f"NumPy {np.__version__}", f"Python {platform.python_version()} on {platform.machine()}"]
+    packages = ["fastbn", "torch", "numpy"]
     if torch is None:
         del runs["PyTorch"]
-    else:
-        versions.insert(1, f"PyTorch {importlib.metadata.version('torch')}")
-    lines = ["| float32 input | " + " | ".join(f"{name}: var | y | dx" for name in runs) + " |", "|---|" + "--:|--:|--:|" * len(runs)]
+        packages.remove("torch")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    head = " | ".join(f"{name}: var | y | dx" for name in runs)
+    lines = [f"| float32 input | {head} |", "|---|" + "--:|--:|--:|" * len(runs)]
     gamma, beta = np.full(SHAPE[1], GAMMA, np.float32), np.full(SHAPE[1], BETA, np.float32)
     dy = np.random.default_rng(1).standard_normal(SHAPE, np.float32)
     for name, x in cases().items():
@@ -101,7 +102,8 @@ def table() -> str:
         grads = reference.backward(dy, x, gamma, eps=EPS)
         cells = [cell for run in runs.values() for cell in errors(run, x, dy, gamma, beta, exact, grads)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\nMeasured by `python docs/measure_numerics.py` with {', '.join(versions)}."
+    command = f"`python docs/measure_numerics.py` on {platform.machine()}"
+    return "\n".join(lines) + f"\n\nMeasured by {command} with {versions}."
 
 
 def main() -> None:

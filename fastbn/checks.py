@@ -90,6 +90,8 @@ def vector(a: Any, name: str, x: Array, axis: int) -> Array | None:
     """
     if a is None:
         return None
+    if type(a) is np.ndarray and a.dtype.char in "fd" and a.shape == (x.shape[axis],):
+        return a
     a = array(a, name)
     if a.dtype.char not in "fd":
         raise TypeError(f"{name} has dtype {a.dtype}; allowed are float32 and float64: cast with {name}.astype(np.float32)")

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.cpu import INVSTD, MEAN, VAR
+
 Array = NDArray[Any]
 
 
 @dataclass(eq=False)
 class Context:
-    """A forward's statistics, and all that its backward needs. Made by `batch_norm_forward`; holds x by reference, copies nothing of its size.
+    """A forward's statistics, and all that its backward needs. Made by `batch_norm_forward`.
+
+    It holds x by reference and copies nothing of its size.
 
     Attributes
     ----------
@@ -39,10 +43,26 @@ class Context:
     relu: bool
     gamma_dtype: np.dtype[Any] | None
     beta_dtype: np.dtype[Any] | None
-    mean: Array
-    var: Array
-    invstd: Array
+    table: Array  # rows as in kernels/channels.py
     state: Any  # the backend's: cpu.State or its GPU counterpart; None if x is empty
+
+    @property
+    def mean(self) -> Array:
+        return self._row(MEAN)
+
+    @property
+    def var(self) -> Array:
+        return self._row(VAR)
+
+    @property
+    def invstd(self) -> Array:
+        return self._row(INVSTD)
+
+    def _row(self, row: int) -> Array:
+        view = self.table[row]
+        if isinstance(view, np.ndarray):
+            view.flags.writeable = False
+        return view
 
     def __repr__(self) -> str:
         mode = "training" if self.training else "frozen"

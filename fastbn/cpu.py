@@ -18,7 +18,7 @@ from fastbn.dispatch import Job, Schedule
 from fastbn.layout import Plan
 
 Array = NDArray[Any]
-Tensor = tuple[int, int, int]
+Tensor = tuple[Array, int, int]
 
 # Rows of the tables, as in kernels/channels.py, which is not imported before it is needed: it imports Numba.
 GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA = range(7)
@@ -27,17 +27,38 @@ SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
 # Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.
 STREAM_FROM = 8 << 20
 LINE = 64
+# What running statistics can hold.
+LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
 
-@dataclass(frozen=True)
 class Frame:
-    """How the arrays of one call are read: the plan, and what follows from it."""
+    """How the arrays of one kind of call are read: the plan, and what follows from it. Made once for a shape, strides and axis.
 
-    shape: tuple[int, ...]
-    axis: int
-    dtype: str
-    itemsize: int
-    plan: Plan
+    Attributes
+    ----------
+    shape, axis, dtype, itemsize, plan
+        What it was made for, and `layout.plan` of it.
+    size : int
+        Values in an array.
+    pieces : int
+        Kernel calls an operation is cut into at least, so that Ctrl-C is noticed.
+    schedules : tuple of Schedule
+        For the forward and for the backward.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axis: int, dtype: str, itemsize: int, plan: Plan) -> None:
+        self.shape, self.axis, self.dtype, self.itemsize, self.plan = shape, axis, dtype, itemsize, plan
+        self.size = plan.count * plan.C
+        self.pieces = 1 + self.size * itemsize // dispatch.PIECE
+        self.schedules = dispatch.schedule(plan, itemsize, 1), dispatch.schedule(plan, itemsize, 2)
+        self._strides: dict[tuple[int, ...], tuple[int, int] | None] = {}
+
+    def strides(self, a: Array) -> tuple[int, int] | None:
+        """(row stride, channel stride) of an array of this shape, or None where it must be copied first."""
+        known = self._strides
+        if a.strides not in known:
+            known[a.strides] = layout.tensor_strides(self.plan, self.axis, a.shape, a.strides, a.itemsize)
+        return known[a.strides]
 
 
 @dataclass(frozen=True)
@@ -98,22 +119,26 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(a) for a in range(len(order)))
 
 
+@lru_cache(maxsize=1024)
+def _frame(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, dtype: str, itemsize: int, weighted: bool) -> Frame:
+    return Frame(shape, axis, dtype, itemsize, layout.plan(shape, strides, axis, itemsize, weighted))
+
+
 def frame_of(x: Array, axis: int, dtype: str, weighted: bool) -> Frame:
     """The frame for x, which is native."""
-    return Frame(x.shape, axis, dtype, x.itemsize, layout.plan(x.shape, x.strides, axis, x.itemsize, weighted))
+    return _frame(x.shape, x.strides, axis, dtype, x.itemsize, weighted)
 
 
-def readable(a: Array, f: Frame) -> tuple[Array, Tensor]:
-    """An array the kernels can read under the frame's plan, `a` itself if possible, and its tensor."""
+def readable(a: Array, f: Frame) -> Tensor:
+    """A tensor the kernels can read under the frame's plan: `a` itself if possible."""
     a = native(a)
-    strides = layout.tensor_strides(f.plan, f.axis, a.shape, a.strides, a.itemsize)
+    strides = f.strides(a)
     if strides is None:
         copy = empty(a.shape, a.dtype, f.plan.order)
         copy[...] = a
-        a = copy
-        strides = layout.tensor_strides(f.plan, f.axis, a.shape, a.strides, a.itemsize)
+        a, strides = copy, f.strides(copy)
         assert strides is not None
-    return a, (address(a), *strides)
+    return a, strides[0], strides[1]
 
 
 def writable(out: Array | None, dtype: np.dtype[Any], f: Frame) -> tuple[Array, Tensor, Array | None]:
@@ -122,15 +147,15 @@ def writable(out: Array | None, dtype: np.dtype[Any], f: Frame) -> tuple[Array, 
     Without `out` a new array of `dtype` in x's memory order; a new one too where the kernels cannot write `out` directly.
     """
     if out is not None and out.dtype.isnative and out.flags.aligned:
-        strides = layout.tensor_strides(f.plan, f.axis, out.shape, out.strides, out.itemsize)
+        strides = f.strides(out)
         if strides is not None:
-            return out, (address(out), *strides), None
-    made = empty(f.shape, dtype.newbyteorder("="), f.plan.order)
-    strides = layout.tensor_strides(f.plan, f.axis, made.shape, made.strides, made.itemsize)
+            return out, (out, *strides), None
+    made = empty(f.shape, dtype if dtype.isnative else dtype.newbyteorder("="), f.plan.order)
+    strides = f.strides(made)
     assert strides is not None
     if out is None and not dtype.isnative:  # y has x's dtype, byte order included
         out = empty(f.shape, dtype, f.plan.order)
-    return (made, (address(made), *strides), None) if out is None else (out, (address(made), *strides), made)
+    return (made, (made, *strides), None) if out is None else (out, (made, *strides), made)
 
 
 def finish_output(out: Array, made: Array | None) -> None:
@@ -159,12 +184,12 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
 def _streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
     """Whether the output is written around the cache: it is large, and rows keep the alignment that this needs."""
     p = f.plan
-    if p.count * p.C * f.itemsize < STREAM_FROM:
+    if f.size * f.itemsize < STREAM_FROM:
         return False
     if p.family == "planes":
         return True
     boundary = min(LINE, layout.LANES * f.itemsize)
-    return y[1] * f.itemsize % boundary == 0 and not (with_mask and y[0] % boundary)
+    return y[1] * f.itemsize % boundary == 0 and not (with_mask and address(y[0]) % boundary)
 
 
 def _points(p: Plan, x: Tensor, weights: Weights | None) -> tuple[int, int, int]:
@@ -186,29 +211,16 @@ def mask_shape(p: Plan) -> tuple[int, int, int]:
 
 
 def _mask_tensor(mask: Array | None, p: Plan) -> Tensor | None:
-    return None if mask is None else (address(mask), *mask_shape(p)[1:])
+    return None if mask is None else (mask, *mask_shape(p)[1:])
 
 
-def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None, scratch: bool) -> Job:
-    """The arguments that depend on plan and schedule alone."""
-    p = f.plan
-    job: Job = {
-        "N": p.N,
-        "C": p.C,
-        "S": p.S,
-        "R": p.rows,
-        "rest": p.rest,
-        "fold": p.fold,
-        "segment": dispatch.BLOCK,
-        "group": s.group,
-        "rows_a_block": s.rows_a_block,
-        "planes_a_block": s.rows_a_block,
-        "pieces": 1 + p.count * p.C * f.itemsize // dispatch.PIECE,
-        "weight": None if weights is None else (address(weights.array), p.S, 1),
-        "partial": np.empty((p.C, s.blocks, 4)),
-    }
-    if scratch:
-        job["scratch"] = np.empty((threads, *dispatch.scratch_shape(p, s, weights is not None)))
+def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None) -> Job:
+    """The arguments that depend on plan and schedule alone, and the workspace."""
+    job = s.arguments.copy()
+    job["pieces"] = f.pieces
+    job["weight"] = None if weights is None else (weights.array, f.plan.S, 1)
+    job["partial"] = np.empty(s.partial)
+    job["scratch"] = np.empty((threads, *(s.scratch if weights is None else s.weighted_scratch)))
     return job
 
 
@@ -216,6 +228,8 @@ def _present(
     residual: object, weights: object, mask: object, relu: bool, dresidual: object = None, frozen: bool = False
 ) -> tuple[str, ...]:
     """Names of the optional arguments that are there: they choose the kernel's variant."""
+    if residual is weights is mask is dresidual is None and not relu and not frozen:
+        return ()
     given = {
         "residual": residual is not None,
         "weight": weights is not None,
@@ -249,18 +263,16 @@ def normalise(
 ) -> tuple[Array, Array | None]:
     """y, of `dtype`, and the packed mask. Statistics are those in the table if `given`, else x's own, which are put there."""
     p = f.plan
-    x, x_tensor = readable(x, f)
-    if residual is not None:
-        residual, residual_tensor = readable(residual, f)
+    x_tensor = readable(x, f)
     y, y_tensor, made = writable(out, dtype, f)
     mask = np.empty(mask_shape(p)[0], np.uint16) if with_mask else None
-    threads = dispatch.threads_for(p.count * p.C)
-    s = dispatch.schedule(p, f.itemsize, 1)
-    job = _job(f, s, threads, weights, True)
+    threads = dispatch.threads_for(f.size)
+    s = f.schedules[0]
+    job = _job(f, s, threads, weights)
     job.update(
         x=x_tensor,
         y=y_tensor,
-        residual=None if residual is None else residual_tensor,
+        residual=None if residual is None else readable(residual, f),
         mask=_mask_tensor(mask, p),
         relu=True if relu else None,
         table=table,
@@ -280,11 +292,11 @@ def normalise(
 def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     """A table with x's MEAN, LOW and VAR."""
     p = f.plan
-    x, x_tensor = readable(x, f)
+    x_tensor = readable(x, f)
     table = parameter_table(p.C, None, None)
-    threads = dispatch.threads_for(p.count * p.C)
-    s = dispatch.schedule(p, f.itemsize, 1)
-    job = _job(f, s, threads, weights, p.family == "columns")
+    threads = dispatch.threads_for(f.size)
+    s = f.schedules[0]
+    job = _job(f, s, threads, weights)
     job.update(x=x_tensor, table=table, eps=1.0, points=_points(p, x_tensor, weights))
     dispatch.run("moments", p, s, "sweeps", f.dtype, _present(None, weights, None, False), job, threads)
     return table
@@ -294,33 +306,29 @@ def update_running(table: Array, mean: Array, var: Array, momentum: float, corre
     """Move the running statistics; how many channels are not finite. With any, nothing is written unless `force`."""
     job: Job = {
         "table": table,
-        "running_mean": address(mean),
-        "running_var": address(var),
+        "running_mean": mean,
+        "running_var": var,
         "C": len(mean),
         "mean_stride": mean.strides[0] // mean.itemsize,
         "var_stride": var.strides[0] // var.itemsize,
         "momentum": momentum,
         "correction": correction,
         "force": force,
-        "limit": float(np.finfo(mean.dtype).max),
+        "limit": LARGEST[dtype],
     }
-    return dispatch.call("update_running", dtype, (), job)
+    return dispatch.call("update_running", dtype, job)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
 
-def _backward_job(
-    dy: Array, x: Array, state: State, threads: int, s: Schedule, scratch: bool
-) -> tuple[Job, Array, tuple[Array, Array]]:
-    """The job's inputs, the backward's table, and the arrays to keep alive."""
+def _backward_job(dy: Array, x: Array, state: State, threads: int, s: Schedule) -> tuple[Job, Array]:
+    """The job's inputs, and the backward's table."""
     f = state.frame
-    x, x_tensor = readable(x, f)
-    dy, dy_tensor = readable(dy, f)
     grads = np.empty((5, f.plan.C))
-    job = _job(f, s, threads, state.weights, scratch)
-    job.update(x=x_tensor, dy=dy_tensor, mask=_mask_tensor(state.mask, f.plan), table=state.table, grads=grads)
-    return job, grads, (x, dy)
+    job = _job(f, s, threads, state.weights)
+    job.update(x=readable(x, f), dy=readable(dy, f), mask=_mask_tensor(state.mask, f.plan), table=state.table, grads=grads)
+    return job, grads
 
 
 def backward(
@@ -328,11 +336,11 @@ def backward(
 ) -> tuple[Array, Array, Array | None]:
     """(dx, the backward's table, dresidual or None)."""
     f, p, dtype = state.frame, state.frame.plan, x.dtype
-    threads = dispatch.threads_for(p.count * p.C)
-    s = dispatch.schedule(p, f.itemsize, 2)
+    threads = dispatch.threads_for(f.size)
+    s = f.schedules[1]
     weights = None if frozen else state.weights
     state = State(f, state.table, state.mask, weights)
-    job, grads, keep = _backward_job(dy, x, state, threads, s, True)
+    job, grads = _backward_job(dy, x, state, threads, s)
     dx, dx_tensor, made = writable(out, dtype, f)
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
     job.update(
@@ -349,19 +357,17 @@ def backward(
     finish_output(dx, made)
     if dresidual is not None:
         finish_output(dresidual, dresidual_made)
-    del keep
     return dx, grads, dresidual
 
 
 def reduce(dy: Array, x: Array, state: State) -> Array:
     """The backward's table with SUM_DY and SUM_DY_XMU of this part of a batch."""
     f, p = state.frame, state.frame.plan
-    threads = dispatch.threads_for(p.count * p.C)
-    s = dispatch.schedule(p, f.itemsize, 2)
-    job, grads, keep = _backward_job(dy, x, state, threads, s, True)
+    threads = dispatch.threads_for(f.size)
+    s = f.schedules[1]
+    job, grads = _backward_job(dy, x, state, threads, s)
     job.update(count=1.0, constant=True)
     dispatch.run("reduce", p, s, "sweeps", f.dtype, _present(None, state.weights, state.mask, False), job, threads)
-    del keep
     return grads
 
 
@@ -370,18 +376,17 @@ def apply(
 ) -> tuple[Array, Array | None]:
     """dx and dresidual from sums over the whole batch, of which this is a part."""
     f, p, dtype = state.frame, state.frame.plan, x.dtype
-    threads = dispatch.threads_for(p.count * p.C)
-    s = dispatch.schedule(p, f.itemsize, 2)
-    job, grads, keep = _backward_job(dy, x, state, threads, s, True)
+    threads = dispatch.threads_for(f.size)
+    s = f.schedules[1]
+    job, _ = _backward_job(dy, x, state, threads, s)
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
     dx, dx_tensor, made = writable(out, dtype, f)
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
     job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None, streamed=_streamed(dx_tensor, f, False))
-    dispatch.call("finish_backward", "float64", (), job)
+    dispatch.call("finish_backward", "float64", job)
     present = _present(None, state.weights, state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
     finish_output(dx, made)
     if dresidual is not None:
         finish_output(dresidual, dresidual_made)
-    del keep
     return dx, dresidual

@@ -171,7 +171,9 @@ def forward(
         call.run(f"stats_{plan.family}", plan.blocks, arguments, parameters, running, weighted=weights.given)
     else:
         _given(call, moments, C, parameters, running, eps)
-    _normalise(call, tensors, sizes, coefs, flags)
+    none = call.optional(None, "float32")
+    channels = flat(coefs), none, none, none, none, 0.0
+    _normalise(call, tensors, sizes, channels, ("float32", "float32"), given=False, **flags)
     return state
 
 
@@ -181,10 +183,13 @@ def _given(call: Call, moments: tuple[Any, ...], C: int, parameters: str, runnin
     call.run("finish_given", -(-C // call.plan.threads), (table, coefs, C, *rest, float(eps)), parameters, running)
 
 
-def _normalise(call: Call, tensors: tuple[Any, ...], sizes: tuple[int, ...], coefs: Array, flags: dict[str, bool]) -> None:
+def _normalise(
+    call: Call, tensors: tuple[Any, ...], sizes: tuple[int, ...], channels: tuple[Any, ...], types: tuple[str, str], **flags: bool
+) -> None:
+    """y, from coefs or, if `given`, from statistics; channels are coefs, gamma, beta, mean, var, eps."""
     plan = call.plan
     shares = (plan.splits, plan.chunk) if plan.family == "planes" else (plan.chunk,)
-    call.run(f"normalise_{plan.family}", plan.blocks, (*tensors, *sizes, *shares, flat(coefs)), **flags)
+    call.run(f"normalise_{plan.family}", plan.blocks, (*tensors, *sizes, *shares, *channels), *types, **flags)
 
 
 def inference(
@@ -203,17 +208,15 @@ def inference(
 ) -> None:
     """Normalise x into y with given statistics; y may be x. Parameters as in `forward`."""
     dtype, plan, shape, call = _begin(x, shape, dtype, y, residual)
-    C = shape[1]
     parameters, running = parameter_types(gamma, beta), parameter_types(mean, var)
-    arrays = kernels().arrays
-    table, coefs = arrays.empty((7, C), np.float64), arrays.empty((5, C), call.compute)
-    moments = (
-        *(flat(table), flat(coefs)),
-        *(call.optional(gamma, parameters), call.optional(beta, parameters), flat(mean), flat(var)),
+    channels = (
+        nothing(call.device, call.compute),
+        *(call.optional(gamma, parameters), call.optional(beta, parameters), flat(mean), flat(var), float(eps)),
     )
-    _given(call, moments, C, parameters, running, eps)
-    tensors = call.tensor(x), call.tensor(y), call.tensor(residual), nothing(call.device, "uint32")  # no bits are kept
-    _normalise(call, tensors, geometry(plan, shape), coefs, {"relu": relu, "residual": residual is not None})
+    no_bits = nothing(call.device, "uint32")
+    tensors = call.tensor(x), call.tensor(y), call.tensor(residual), no_bits
+    flags = {"relu": relu, "residual": residual is not None, "given": True}
+    _normalise(call, tensors, geometry(plan, shape), channels, (parameters, running), **flags)
 
 
 def backward(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from math import gcd
+from operator import itemgetter
 from typing import Any
 
 from fastbn.layout import LANES, Plan
@@ -93,6 +94,10 @@ class Schedule:
         Rows (columns) or planes (planes) of a block.
     tasks : mapping of str to int
         What `STEPS` splits into, and how many there are.
+    arguments : dict
+        The kernels' arguments that follow from all this.
+    partial, scratch, weighted_scratch : tuple of int
+        Shapes of the float64 workspace: moments of blocks; one thread's, without and with sample weights.
     """
 
     road: str
@@ -100,11 +105,31 @@ class Schedule:
     blocks: int
     rows_a_block: int
     tasks: Mapping[str, int]
+    arguments: Job
+    partial: tuple[int, int, int]
+    scratch: tuple[int, int]
+    weighted_scratch: tuple[int, int]
 
 
 @lru_cache(maxsize=4096)
 def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     """The schedule for a plan; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward."""
+    road, group, blocks, rows, tasks = _cut(p, itemsize, tensors)
+    arguments = {
+        **{"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold},
+        **{"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows},
+    }
+    scratch = weighted = (group, 4 * LANES)
+    if p.family == "columns":
+        # 5 rows of constants and accumulators by column, and the weights of a tile of 8 rows; a vector more than the width, as
+        # whole vectors are written.
+        width = -(-group * p.S * p.fold // LANES) * LANES + LANES
+        scratch, weighted = (5, width), (13 if p.S > 1 else 5, width)
+    return Schedule(road, group, blocks, rows, tasks, arguments, (p.C, blocks, 4), scratch, weighted)
+
+
+def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict[str, int]]:
+    """Road, channels a group, blocks a channel, rows or planes a block, and the numbers of tasks."""
     channel = p.count * itemsize * tensors
     if p.family == "planes":
         segments = -(-p.S // BLOCK)
@@ -113,13 +138,13 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
         fused = segments == 1 and p.C >= FEW_CHANNELS and channel <= LARGEST_CHANNEL
         group = max(1, min(CACHE // channel, 64, p.C))
         tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
-        return Schedule("channels" if fused else "sweeps", group, blocks, planes, tasks)
+        return "channels" if fused else "sweeps", group, blocks, planes, tasks
     if p.S == 1 or p.fold > 1:
         group = p.C if p.fold > 1 else min(p.C, 1024)
         strips = -(-p.C // group)
         rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 18))), -(-512 // (p.fold * p.S)))
         blocks = max(1, -(-p.rows // rows))
-        return Schedule("sweeps", group, blocks, rows, {"blocks of strips": strips * blocks})
+        return "sweeps", group, blocks, rows, {"blocks of strips": strips * blocks}
     step = LANES // gcd(p.S, LANES)  # strips start at a multiple of 16 columns
     group = step * max(1, min(CACHE // channel, 4096 // p.S) // step)
     strips = -(-p.C // group)
@@ -127,18 +152,10 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     blocks = -(-p.N // rows)
     few = strips < FEW_CHANNELS // 2 or group * channel > LARGEST_CHANNEL
     tasks = {"strips": strips, "blocks of strips": strips * blocks}
-    return Schedule("sweeps" if few else "strips", group, blocks, rows, tasks)
+    return "sweeps" if few else "strips", group, blocks, rows, tasks
 
 
-def scratch_shape(p: Plan, s: Schedule, weighted: bool) -> tuple[int, int]:
-    """(rows, columns) of one thread's float64 workspace."""
-    if p.family == "planes":
-        return s.group, 4 * LANES
-    width = s.group * p.S * p.fold
-    return 5 + (8 if weighted and p.S > 1 else 0), -(-width // LANES) * LANES + LANES
-
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[..., int], tuple[str, ...]]:
     """Machine code of a kernel's variant, and the names of its arguments."""
     from fastbn.kernels.variants import compiled
@@ -148,44 +165,65 @@ def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[.
     return compiled(function, dtype, tuple(a for a in present if a in names)), names
 
 
-def call(name: str, dtype: str, present: tuple[str, ...], job: Job) -> int:
+@dataclass(frozen=True)
+class Step:
+    """A kernel ready to be called: what it is split into, and how its arguments are taken from a job."""
+
+    kernel: Callable[..., int]
+    split: str | None
+    arguments: Callable[[Job], tuple[Any, ...]]
+    # Where `thread` (None if it has no workspace) and `first` stand; `last` follows.
+    thread: int | None
+    first: int
+
+
+@lru_cache(maxsize=1024)
+def step(name: str, dtype: str, present: tuple[str, ...]) -> Step:
+    """The step of a kernel's variant; compiles it, or loads it from disk, the first time."""
+    split = STEPS[name][1]
+    kernel, names = _kernel(name, dtype, present) if split else _kernel(name, dtype, ())
+    thread = names.index("thread") if "thread" in names else None
+    return Step(kernel, split, itemgetter(*names), thread, names.index("first") if split else 0)
+
+
+@lru_cache(maxsize=1024)
+def program(operation: str, family: str, road: str, dtype: str, present: tuple[str, ...]) -> tuple[Step, ...]:
+    """The steps of a line of `TABLE`. What happens once a channel is float64 for every dtype."""
+    return tuple(step(name, dtype if STEPS[name][1] else "float64", present) for name in TABLE[operation, family, road])
+
+
+def call(name: str, dtype: str, job: Job) -> int:
     """Run a kernel that is not split."""
-    kernel, names = _kernel(name, dtype, present)
-    return kernel(*[job[a] for a in names])
+    s = step(name, dtype, ())
+    return s.kernel(*s.arguments(job))
 
 
 def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tuple[str, ...], job: Job, threads: int) -> None:
     """Run the steps of an operation over a job that holds every argument by name."""
-    for name in TABLE[operation, p.family, road]:
-        split = STEPS[name][1]
-        if split is None:
-            call(name, "float64", (), job)
+    job["thread"] = job["first"] = 0
+    for this in program(operation, p.family, road, dtype, present):
+        job["last"] = tasks = s.tasks[this.split] if this.split else 0
+        arguments = this.arguments(job)
+        if this.split is None or (threads == 1 and job["pieces"] == 1):
+            this.kernel(*arguments)
             continue
-        kernel, names = _kernel(name, dtype, present)
-        at = names.index("first")
-        if "thread" in names:
-            before, after = [job[a] for a in names[: at - 1]], [job[a] for a in names[at + 2 :]]
-            tasks = s.tasks[split]
-            if threads == 1 and job["pieces"] == 1:
-                kernel(*before, 0, 0, tasks, *after)
-                continue
-
-            def work(thread: int, first: int, last: int, k: Any = kernel, b: Any = before, a: Any = after) -> None:
-                k(*b, thread, first, last, *a)
-        else:
-            before, after = [job[a] for a in names[:at]], [job[a] for a in names[at + 2 :]]
-            tasks = s.tasks[split]
-            if threads == 1 and job["pieces"] == 1:
-                kernel(*before, 0, tasks, *after)
-                continue
-
-            def work(thread: int, first: int, last: int, k: Any = kernel, b: Any = before, a: Any = after) -> None:
-                k(*b, first, last, *a)
-
         piece = max(1, tasks // job["pieces"])
-        if split == "channels":
+        if this.split == "channels":  # whole groups
             piece = -(-piece // s.group) * s.group
-        parallel(work, tasks, piece, threads)
+        parallel(_over_ranges(this, list(arguments)), tasks, piece, threads)
+
+
+def _over_ranges(this: Step, arguments: list[Any]) -> Callable[[int, int, int], object]:
+    """The step as a function of (thread, first, last)."""
+
+    def work(thread: int, first: int, last: int) -> None:
+        mine = arguments.copy()
+        if this.thread is not None:
+            mine[this.thread] = thread
+        mine[this.first], mine[this.first + 1] = first, last
+        this.kernel(*mine)
+
+    return work
 
 
 def threads_for(elements: int) -> int:

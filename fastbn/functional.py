@@ -148,9 +148,7 @@ def batch_norm_forward(
         relu,
         None if gamma_ is None else gamma_.dtype,
         None if beta_ is None else beta_.dtype,
-        table[cpu.MEAN],
-        table[cpu.VAR],
-        table[cpu.INVSTD],
+        table,
         cpu.State(frame, table, mask, weights if training else None),
     )
     return y, ctx
@@ -182,19 +180,19 @@ def _forward_of_nothing(
     table[cpu.MEAN], table[cpu.VAR] = (0.0, 0.0) if training else (mean, var)
     table[cpu.INVSTD] = 1.0 / np.sqrt(table[cpu.VAR] + eps)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    statistics = (table[cpu.MEAN], table[cpu.VAR], table[cpu.INVSTD])
-    ctx = Context(x, axis, bool(training), 0.0, has_residual, relu, *dtypes, *statistics, None)
+    ctx = Context(x, axis, bool(training), 0.0, has_residual, relu, *dtypes, table, None)
     return np.empty_like(x) if out is None else out, ctx
 
 
 def _update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float) -> None:
     """The last step of training: all channels, or all but those that are not finite."""
-    if mean.dtype == var.dtype and mean.dtype.isnative and var.dtype.isnative and mean.flags.aligned and var.flags.aligned:
+    if mean.dtype == var.dtype and mean.dtype.isnative and mean.flags.aligned and var.flags.aligned:
         new_mean, new_var = mean, var
     else:
         common = np.result_type(mean, var).newbyteorder("=")
         new_mean, new_var = mean.astype(common), var.astype(common)
-    dtype = new_mean.dtype.name
+    dtype = checks.dtype_name(new_mean.dtype)
+    assert dtype is not None
     skipped = cpu.update_running(table, new_mean, new_var, momentum, correction, dtype, False)
     if skipped:
         warnings.warn(
@@ -262,7 +260,7 @@ def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) ->
         dx, dresidual = (np.empty_like(x) if out is None else out), np.empty_like(x)
     else:
         dx, grads, dresidual = cpu.backward(dy, x, ctx.state, not ctx.training, ctx.count, ctx.has_residual, out)
-    dgamma = None if ctx.gamma_dtype is None else (grads[cpu.SUM_DY_XMU] * ctx.invstd).astype(ctx.gamma_dtype)
+    dgamma = None if ctx.gamma_dtype is None else (grads[cpu.SUM_DY_XMU] * ctx.table[cpu.INVSTD]).astype(ctx.gamma_dtype)
     dbeta = None if ctx.beta_dtype is None else grads[cpu.SUM_DY].astype(ctx.beta_dtype)
     return (dx, dgamma, dbeta, dresidual) if ctx.has_residual else (dx, dgamma, dbeta)
 

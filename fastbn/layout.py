@@ -21,7 +21,7 @@ What does not (a spatial slice, a negative stride) is copied once into the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import gcd, prod
 
 LANES = 16
@@ -59,17 +59,17 @@ class Plan:
     fold: int
     copied: bool
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of the folded matrix."""
         return self.N // self.fold
 
-    @property
+    @cached_property
     def rest(self) -> int:
         """Columns of the incomplete last row of the folded matrix."""
         return self.N % self.fold * self.C * self.S
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Values in a channel."""
         return self.N * self.S

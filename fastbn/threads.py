@@ -109,10 +109,6 @@ class _Pool:
         """Whether the workers are for this call; False where they are busy with another."""
         return self.at.setdefault("call", call) is call
 
-    def give_back(self, call: _Call) -> None:
-        if self.at.get("call") is call:
-            del self.at["call"]
-
     def grow(self, workers: int) -> None:
         """Try to have this many workers."""
         while len(self.queues) < workers:
@@ -202,8 +198,10 @@ def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
         finally:
             call.settle()
     finally:
+        # Ctrl-C strikes when functions are called, and as this calls none, the pool is given back for certain.
+        if "call" in pool.at and pool.at["call"] is call:
+            del pool.at["call"]
         call.settle()  # again: a second Ctrl-C may have struck on the way into the first
-        pool.give_back(call)
     call.raise_errors()
 
 

@@ -87,8 +87,8 @@ def compiled(function, dtype, present=()):
     """
     variant = (function, dtype, present)
     if variant not in _compiled:
-        # Numba's own lock, which fastbn.threads holds over a fork. With one of ours around it, a thread that holds Numba's and needs
-        # a kernel could wait for ever.
+        # Numba's own lock, which fastbn.threads holds over a fork. With one of ours around it, a thread that holds Numba's and
+        # needs a kernel could wait for ever.
         with global_compiler_lock:
             if variant not in _compiled:
                 types_ = signature(function, dtype, present)

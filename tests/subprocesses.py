@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import inputs
@@ -21,8 +22,15 @@ WORK = {
 }
 
 
+@lru_cache(maxsize=1)
+def _warm():
+    """Compile here what the processes will need, so that they find it in the cache and timeouts tell hangs from compilers."""
+    digest()
+
+
 def run(code, *, timeout=60, env=None, cwd=None):
     """Run `code` in a fresh interpreter; what it printed. It and its children are killed at the timeout, tracebacks shown."""
+    _warm()
     changed = {k: v for k, v in (env or {}).items() if v is not None}
     environment = {k: v for k, v in os.environ.items() if k not in (env or {})}
     environment |= {"PYTHONPATH": os.pathsep.join(PATHS), **changed}

@@ -5,6 +5,7 @@ the rows below in the type of arithmetic: kernels that touch every element read 
 """
 
 import math
+from functools import cache
 
 from numba import float64
 
@@ -100,8 +101,23 @@ def finish_backward(table, grads, coefs, c, C, sum_dy, sum_dy_xhat, count, dgamm
         dbeta[c] = sum_dy
 
 
+@cache
+def given_coefs(T):
+    """coefs(c, gamma, beta, mean, var, eps): (HI, LO, SCALE_T, SHIFT) of channel c from given statistics, as in finish_channel."""
+
+    @device
+    def coefs(c, gamma, beta, running_mean, running_var, eps):
+        mean = float64(running_mean[c])
+        hi = T(mean)
+        g = float64(gamma[c]) if gamma.size > 0 else 1.0
+        b = float64(beta[c]) if beta.size > 0 else 0.0
+        return hi, T(mean - float64(hi)), T(g * (1.0 / math.sqrt(float64(running_var[c]) + eps))), T(b)
+
+    return coefs
+
+
 def finish_given(table, coefs, C, gamma, beta, running_mean, running_var, eps):
-    """Kernel: table and coefs from given statistics, a thread a channel (inference and training with frozen statistics)."""
+    """Kernel: table and coefs from given statistics, a thread a channel (the forward with frozen statistics)."""
     c = cuda.grid(1)
     if c < C:
         mean, var = float64(running_mean[c]), float64(running_var[c])

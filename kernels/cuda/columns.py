@@ -19,7 +19,7 @@ from functools import cache
 from numba import float32, float64, int32, int64, uint32
 
 from fastbn.kernels.cuda.blocks import divide, is_last_block
-from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats
+from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats, given_coefs
 from fastbn.kernels.cuda.planes import SMALL, first_shift, put_partial
 from fastbn.kernels.cuda.target import cuda, device
 from fastbn.kernels.cuda.tiles import merge, tile_normalise, tile_size
@@ -176,8 +176,8 @@ def stats_columns(kind, lanes, threads, wide, weighted=False):
     small = T(SMALL)
 
     def stats_columns(
-        x, weight, weight_n, counts, rows, C, splits, chunk, partials, counters, table, coefs, gamma, beta, running_mean, running_var,
-        momentum, eps, correction,
+        x, weight, weight_n, counts, rows, C, splits, chunk, partials, counters, table, coefs, gamma, beta,
+        running_mean, running_var, momentum, eps, correction,
     ):  # fmt: skip
         a_cells = cuda.shared.array(cells, T)
         b_cells = cuda.shared.array(cells, T)
@@ -273,19 +273,26 @@ def stats_columns(kind, lanes, threads, wide, weighted=False):
 
 
 @cache
-def normalise_columns(kind, lanes, threads, wide, relu, residual):
-    """The kernel for arrays of `kind`: `relu` writes a word of the mask a tile, unless that is empty; `residual` is added first."""
+def normalise_columns(kind, lanes, threads, wide, relu, residual, given=False):
+    """The kernel for arrays of `kind`: `relu` writes a word of the mask a tile, unless that is empty; `residual` is added first.
+
+    `given`: coefs are empty and made from given statistics, once a block, so that inference is one launch.
+    """
     T = kind.compute
     TILE = tile_size(T)
     _, store = access(kind, lanes)
     load_rows = row_access(kind, lanes)
     normalise = tile_normalise(T, relu, residual)
+    given_channel = given_coefs(T)
     per_tile = TILE // lanes
     high = threads // wide
     columns = wide * lanes
     room = TILE if residual else 1
+    cells = 4 * columns if given else 1
 
-    def normalise_columns(x, y, residual_x, mask, rows, C, chunk, coefs):
+    def normalise_columns(
+        x, y, residual_x, mask, rows, C, chunk, coefs, gamma, beta, running_mean, running_var, eps
+    ):
         tile = cuda.local.array(TILE, T)
         added = cuda.local.array(room, T)
         hi = cuda.local.array(lanes, T)
@@ -295,16 +302,30 @@ def normalise_columns(kind, lanes, threads, wide, relu, residual):
         rows_a_tile = int64(high * per_tile)
         column_tiles, _ = divide(C + columns - 1, columns)
         # Rows from last to first: what stats_columns has read last is still in the L2 cache.
-        column_tile, k, _, _, c, row = place(
+        column_tile, k, tx, _, c, row = place(
             wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.gridDim.x - 1 - cuda.blockIdx.x)
         )
         end = min(rows, (k + 1) * chunk * rows_a_tile)
+        if given:
+            shared = cuda.shared.array(cells, T)
+            column = int64(cuda.threadIdx.x)
+            while column < columns and column_tile * columns + column < C:
+                i = 4 * column
+                shared[i], shared[i + 1], shared[i + 2], shared[i + 3] = given_channel(
+                    column_tile * columns + column, gamma, beta, running_mean, running_var, eps
+                )
+                column += threads
+            cuda.syncthreads()
         if c < C:
             for v in range(lanes):
-                hi[v] = coefs[HI * C + c + v]
-                lo[v] = coefs[LO * C + c + v]
-                scale[v] = coefs[SCALE_T * C + c + v]
-                shift[v] = coefs[SHIFT * C + c + v]
+                if given:
+                    i = 4 * (tx * lanes + v)
+                    hi[v], lo[v], scale[v], shift[v] = shared[i], shared[i + 1], shared[i + 2], shared[i + 3]
+                else:
+                    hi[v] = coefs[HI * C + c + v]
+                    lo[v] = coefs[LO * C + c + v]
+                    scale[v] = coefs[SCALE_T * C + c + v]
+                    shift[v] = coefs[SHIFT * C + c + v]
             t = k * chunk
             while row < end:
                 count = valid_rows(row, end, high, per_tile)

@@ -23,7 +23,7 @@ from functools import cache
 from numba import float32, float64, int32, int64, uint32
 
 from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide, is_last_block
-from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats
+from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats, given_coefs
 from fastbn.kernels.cuda.target import cuda, device
 from fastbn.kernels.cuda.tiles import merge, tile_moments, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
@@ -236,22 +236,35 @@ def stats_planes(kind, lanes, weighted=False):
 
 
 @cache
-def normalise_planes(kind, lanes, relu, residual):
-    """The kernel for arrays of `kind`: `relu` writes a word of the mask a tile, unless that is empty; `residual` is added first."""
+def normalise_planes(kind, lanes, relu, residual, given=False):
+    """The kernel for arrays of `kind`: `relu` writes a word of the mask a tile, unless that is empty; `residual` is added first.
+
+    `given`: coefs are empty and made from given statistics, once a block, so that inference is one launch.
+    """
     T = kind.compute
     TILE = tile_size(T)
     _, store = access(kind, lanes)
     load_tile, load_some = tile_access(kind, lanes)
     normalise = tile_normalise(T, relu, residual)
+    given_channel = given_coefs(T)
     per_tile = TILE // lanes
     room = TILE if residual else 1
 
-    def normalise_planes(x, y, residual_x, mask, N, C, S, splits, chunk, coefs):
+    def normalise_planes(
+        x, y, residual_x, mask, N, C, S, splits, chunk, coefs, gamma, beta, running_mean, running_var, eps
+    ):
         tile = cuda.local.array(TILE, T)
         added = cuda.local.array(room, T)
         # Channels from last to first: what stats_planes has read last is still in the L2 cache.
         c, k = divide(int64(cuda.gridDim.x - 1 - cuda.blockIdx.x), splits)
-        hi, lo, scale, shift = coefs[HI * C + c], coefs[LO * C + c], coefs[SCALE_T * C + c], coefs[SHIFT * C + c]
+        if given:
+            shared = cuda.shared.array(4, T)
+            if cuda.threadIdx.x == 0:
+                shared[0], shared[1], shared[2], shared[3] = given_channel(c, gamma, beta, running_mean, running_var, eps)
+            cuda.syncthreads()
+            hi, lo, scale, shift = shared[0], shared[1], shared[2], shared[3]
+        else:
+            hi, lo, scale, shift = coefs[HI * C + c], coefs[LO * C + c], coefs[SCALE_T * C + c], coefs[SHIFT * C + c]
         threads = int64(cuda.blockDim.x)
         SV, _ = divide(S, lanes)
         vectors = N * SV

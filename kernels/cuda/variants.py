@@ -119,7 +119,7 @@ def all_variants(sizes=DEFAULT):
             for family, shape, threads in shapes:
                 for verb, flags in (
                     ("stats", ("weighted",)),
-                    ("normalise", ("relu", "residual")),
+                    ("normalise", ("relu", "residual", "given")),
                     ("reduce", ("relu", "weighted")),
                     ("apply", ("relu", "residual", "frozen", "weighted")),
                 ):

@@ -98,6 +98,19 @@ def test_weights_of_one_are_no_weights(backend):
     np.testing.assert_allclose(mean, x.mean(axis=(0, 2), dtype=float), rtol=1e-12)
 
 
+def test_a_first_block_that_weighs_nothing_costs_no_accuracy(backend):
+    # 1e6 +- 1: were the empty block's shift of 0 taken for the merge, squares of 1e6 would cancel.
+    for shape in [(4, 2, 300), (400, 4, 1)]:
+        x = 1e6 + np.random.default_rng(6).normal(0, 1, shape).astype(np.float32)
+        w = np.zeros((shape[0], shape[2]))
+        w.reshape(-1)[-w.size // 4 :] = 1
+        y, *_ = reference(x.astype(np.longdouble), x, w, np.ones(shape[1]), np.zeros(shape[1]))
+        got = np.empty_like(x)
+        state = backend(False).forward(x, got, shape, sample_weight=w)
+        assert state.plan.splits > 2
+        assert (np.abs(got - y) <= 1e-6 * np.maximum(1, np.abs(y))).all()  # the contract
+
+
 def test_rows_share_a_weight_and_wrong_sizes_are_refused(backend):
     x = np.random.default_rng(5).normal(0, 1, (30, 4, 1)).astype(np.float32)
     module, few, all_ = backend(False), np.empty_like(x), np.empty_like(x)
