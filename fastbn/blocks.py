@@ -131,7 +131,6 @@ def batch_norm_forward_apply(
     if mean is not None and var is not None and moments.count:
         functional._update_running(table, mean, var, momentum, n / (n - 1.0) if unbiased else 1.0)
     dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
-
     return y, Context(x, axis, True, moments.count, residual is not None, relu, *dtypes, table, state)
 
 

@@ -154,7 +154,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
             "backward": TABLE["backward", p.family, backward.road],
         },
         threads=dispatch.threads_for(x.size),
-        streamed=cpu._streamed((0, *y), frame, False),  # a large y is allocated at a multiple of a cache line
+        streamed=cpu._streamed((x, *y), frame, False),  # y's strides; its address matters to masks alone
         copied=bool(reason),
         reason=reason or "the kernels read x where it is",
     )
@@ -326,10 +326,12 @@ def warmup(
 
     before = len(variants._compiled)
     for dtype in dtypes:
-        for name, present in _variants(families, features):
-            dispatch._kernel(name, dtype if dispatch.STEPS[name][1] else "float64", present)
+        for operation, present, frozen in _calls(features):
+            for of, family, road in TABLE:
+                if of == operation and family in families and (road == "sweeps" or not frozen):
+                    dispatch.program(operation, family, road, dtype, present)
         for running in ("float32", "float64") if dtype == "float64" else ("float32",):
-            dispatch._kernel("update_running", running, ())
+            dispatch.step("update_running", running, ())
     return len(variants._compiled) - before
 
 
@@ -350,25 +352,19 @@ def _families(ndims: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(sorted(families))
 
 
-def _variants(families: tuple[str, ...], features: tuple[str, ...]) -> set[tuple[str, tuple[str, ...]]]:
-    """(kernel, its optional arguments) of every call with any of the features; the mapping is that of cpu.py."""
+def _calls(features: tuple[str, ...]) -> set[tuple[str, tuple[str, ...], bool]]:
+    """(operation, its optional arguments, frozen) of every call with any of the features; as cpu.py makes them."""
     found = set()
     for chosen in chain.from_iterable(combinations(features, n) for n in range(len(features) + 1)):
-        relu, residual, weights = ("relu" in chosen), ("residual" in chosen), ("weights" in chosen)
-        present = {
-            "forward": cpu._present(residual or None, weights or None, relu or None, relu),
-            "inference": cpu._present(residual or None, None, None, relu),
-            "backward": cpu._present(None, weights or None, relu or None, False, residual or None),
-            "moments": cpu._present(None, weights or None, None, False),
+        relu = "relu" in chosen
+        mask, residual, weights = (True if name in chosen else None for name in FEATURES)
+        found |= {
+            ("forward", cpu._present(residual, weights, mask, relu), False),
+            ("moments", cpu._present(None, weights, None, False), False),
+            ("inference", cpu._present(residual, None, None, relu), False),
+            ("backward", cpu._present(None, weights, mask, False, residual), False),
+            # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
+            ("inference", cpu._present(residual, None, mask, relu), False),
+            ("backward", cpu._present(None, None, mask, False, residual, True), True),
         }
-        # The forward of a layer in evaluation keeps a mask for its backward; batch_norm_inference does not.
-        frozen = cpu._present(residual or None, None, relu or None, relu)
-        for (operation, family, _), names in TABLE.items():
-            if family not in families or operation not in present:
-                continue
-            for name in names:
-                split = dispatch.STEPS[name][1]
-                found.add((name, present[operation] if split else ()))
-                if operation == "inference" and split:
-                    found.add((name, frozen))
     return found

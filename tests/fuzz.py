@@ -48,7 +48,14 @@ class Case:
 
     @property
     def expected(self):
-        return max((e for _, e in self.changes.values()), key=("works", "either", "raises").index, default="works")
+        expected = [e for _, e in self.changes.values()] + (["raises"] if self.clashes() else [])
+        return max(expected, key=("works", "either", "raises").index, default="works")
+
+    def clashes(self):
+        """Whether running statistics that are written share memory with an array that is only read."""
+        arrays = {n: a for n, a in self.arguments.items() if isinstance(a, np.ndarray)}
+        pairs = [(n, m) for n in arrays if n.startswith("running") and self.updates for m in arrays if m != n]
+        return bool(arrays["x"].size) and any(np.shares_memory(arrays[n], arrays[m]) for n, m in pairs) if "x" in arrays else False
 
     @property
     def updates(self):
@@ -130,7 +137,7 @@ def sample_weight(r, shape, axis):
         ((False, True), bool),
         ((0, 1, 2), np.int64),
         ((0.0, 0.5, 1.0, 1.75), np.float32),
-        ((0.0, 1.0, 1e-20, 1e200, 1e-200), np.float64),
+        ((0.0, 1e200, 3e200), np.float64),
     )
     choices, dtype = r.choice(kinds)
     return scatter(r, np.asarray(r.choices(choices, k=int(np.prod(shape))), dtype).reshape(shape))
@@ -270,10 +277,7 @@ def alias(r, case):
         case.change(second, f"shares memory with {first}", "either")
         return
     case.arguments[second] = shared
-    running = {n for n in (first, second) if n.startswith("running") and case.written(n)}
-    size = case.arguments["x"].size if isinstance(case.arguments["x"], np.ndarray) else 0
-    clash = bool(running) and size > 0 and np.shares_memory(shared, case.arguments[first])
-    case.change(second, f"shares memory with {first}", "raises" if clash else "either")
+    case.change(second, f"shares memory with {first}", "either")
 
 
 def main():

@@ -27,7 +27,10 @@ def main(arguments=None):
         major, minor = (int(part) for part in chosen.cc.split("."))
     except ValueError:
         parser.error(f"--cc is {chosen.cc!r}; pass a compute capability such as 9.0")
-    require_target()
+    try:
+        require_target()
+    except ImportError as error:
+        parser.error(str(error))
     if SIMULATED:
         parser.error("NUMBA_ENABLE_CUDASIM is set; the simulator compiles nothing. Unset it")
 

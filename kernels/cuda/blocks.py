@@ -14,7 +14,7 @@ SCRATCH = 2 * WARP + 2
 
 @device
 def divide(a, b):
-    """(a // b, a % b) of non-negative numbers below 2**32; an int64 division would be a call of some hundred instructions."""
+    """(a // b, a % b) of non-negative numbers below 2**32; an int64 division would be a call."""
     quotient = int64(uint32(a) // uint32(b))
     return quotient, int64(a) - quotient * int64(b)
 

@@ -95,6 +95,16 @@ def address(x: Array) -> int:
     return int(interface(x)["data"][0])
 
 
+def is_compact(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> bool:
+    """Whether an array fills its memory without gaps, in whatever order of axes (channels last is a permuted (N, C, H, W))."""
+    expected = itemsize
+    for stride, length in sorted((s, n) for s, n in zip(strides or (), shape, strict=False) if n != 1):
+        if stride != expected:
+            return False
+        expected *= length
+    return True
+
+
 def flat(x: Array, storage: str | None = None) -> Any:
     """x as the 1-D contiguous array that kernels take: a numpy view in the simulator, else pointer and size."""
     kernel = kernels()
@@ -104,6 +114,8 @@ def flat(x: Array, storage: str | None = None) -> Any:
             raise ValueError("GPU kernels need contiguous data; pass numpy.ascontiguousarray(x)")
         return view if storage is None else view.view(storage)
     found = interface(x)
+    if not is_compact(found["shape"], found.get("strides"), np.dtype(found["typestr"]).itemsize):
+        raise ValueError(f"GPU kernels need contiguous data, not shape {found['shape']} with strides {found['strides']}; copy it")
     typestr = str(found["typestr"]) if storage is None else np.dtype(storage).str
     itemsize = np.dtype(typestr).itemsize
     size = math.prod(found["shape"])

@@ -13,7 +13,7 @@ import pytest
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
-    sys.setswitchinterval(1e-6)  # simulated threads take turns often: 20 times faster
+    sys.setswitchinterval(1e-6)  # simulated threads wait for each other all the time: let them take turns often
 else:
     collect_ignore = ["test_forward.py", "test_backward.py", "test_blocks.py", "test_host.py", "test_sample_weights.py"]
 

@@ -45,6 +45,18 @@ def test_the_workspace_is_kept_and_grows(backend, monkeypatch):
     assert not space.counters.any()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 5, 1), (7,), (0, 3), ()], ids=str)
+def test_gaps_in_memory_are_seen(shape):
+    x = np.zeros(shape, np.float32)
+    for array in (x, x.T, np.moveaxis(x, 0, -1) if x.ndim else x):
+        assert host.is_compact(array.shape, array.strides, 4) or x.size == 0
+    if x.ndim > 1 and x.size:
+        wide = np.zeros((*shape[:-1], shape[-1] + 1), np.float32)[..., : shape[-1]]
+        assert not host.is_compact(wide.shape, wide.strides, 4)
+        assert not host.is_compact(shape, tuple(-s for s in x.strides), 4)
+    assert host.is_compact(shape, None, 4)
+
+
 def test_arrays_become_the_words_of_a_launch():
     array = launch.DeviceArray(0x7F0000000010, 12, 4, "<f4")
     assert launch.flat([array, 3, 0.5]) == [0, 0, 12, 4, 0x7F0000000010, 12, 4, 3, 0.5]

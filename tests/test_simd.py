@@ -1,0 +1,232 @@
+"""The SIMD vocabulary, lane by lane against NumPy; and whole results under other processors' instruction sets."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import njit, types
+
+from fastbn.kernels import simd
+from fastbn.kernels.simd import LANES, Pointer
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays come from ml_dtypes")
+
+DTYPES = {
+    "float32": (np.dtype(np.float32), types.float32),
+    "float64": (np.dtype(np.float64), types.float64),
+    "float16": (np.dtype(np.float16), types.float16),
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), simd.bfloat16),
+}
+I64, F64 = types.int64, types.float64
+
+
+def compiled(function, *signature):
+    return njit(nogil=True, error_model="numpy")(function).compile(signature)
+
+
+def pad(values, dtype):
+    """LANES values, with guards around them that no operation may touch."""
+    a = np.full(3 * LANES, 77, dtype)
+    a[LANES : 2 * LANES] = np.asarray(values).astype(dtype)
+    return a
+
+
+def special(dtype):
+    """Zeros, subnormals, extremes, halfway cases, NaN and infinities."""
+    info = ml_dtypes.finfo(dtype)
+    tiny, least = float(info.tiny), float(info.smallest_subnormal)
+    halfway = 1 + float(info.eps) / 2
+    return [0.0, -0.0, 1.0, -1.5, tiny, least, -least, tiny / 2, float(info.max), float(info.min), halfway, 1 + 3 * float(info.eps) / 2]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_load_and_store_keep_every_value(name):
+    dtype, element = DTYPES[name]
+
+    def copy(x, y, i):
+        simd.store(y, i, simd.load(x, i))
+
+    run = compiled(copy, Pointer(element), Pointer(element), I64)
+    x, y = pad([*special(dtype), np.nan, np.inf, -np.inf, 3.0], dtype), np.full(3 * LANES, 55, dtype)
+    run(x, y, LANES)
+    middle = slice(LANES, 2 * LANES)
+    np.testing.assert_array_equal(y[middle].astype(np.float64), x[middle].astype(np.float64))
+    assert np.all(np.signbit(y[middle][:12]) == np.signbit(x[middle][:12]))  # -0.0 too
+    assert np.all(y[:LANES] == 55)
+    assert np.all(y[2 * LANES :] == 55)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_store_rounds_to_nearest_even(name):
+    dtype, element = DTYPES[name]
+
+    def scale(x, y, factor):
+        simd.store(y, 0, simd.load(x, 0) * simd.splat(factor))
+
+    run = compiled(scale, Pointer(types.float64), Pointer(element), F64)
+    rng = np.random.default_rng(0)
+    for factor in (1.0, 1e-6, 1e-30, 1e3, 1e30):
+        x = rng.standard_normal(LANES)
+        y = np.empty(LANES, dtype)
+        run(x, y, factor)
+        # narrow dtypes are reached through float32, as NumPy's own cast of a float32 array
+        exact = (x * factor).astype(np.float32) if dtype.itemsize == 2 else x * factor
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(y.astype(np.float64), exact.astype(dtype).astype(np.float64))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("n", range(LANES + 1))
+def test_masked_load_and_store_touch_n_values(name, n):
+    dtype, element = DTYPES[name]
+
+    def copy(x, y, z, i, n):
+        v = simd.load_some(x, i, n)
+        simd.store(z, 0, v)
+        simd.store_some(y, i, v, n)
+
+    if name not in _copies:
+        _copies[name] = compiled(copy, Pointer(element), Pointer(element), Pointer(types.float64), I64, I64)
+    x, y, lanes = pad(range(1, LANES + 1), dtype), np.full(3 * LANES, 55, dtype), np.empty(LANES)
+    _copies[name](x, y, lanes, LANES, n)
+    np.testing.assert_array_equal(lanes, [*range(1, n + 1), *[0] * (LANES - n)])
+    np.testing.assert_array_equal(y.astype(np.float64), [*[55] * LANES, *range(1, n + 1), *[55] * (2 * LANES - n)])
+
+
+_copies: dict = {}
+
+
+def test_arithmetic_is_lane_by_lane():
+    def every(a, b, out):
+        u, v = simd.load(a, 0), simd.load(b, 0)
+        simd.store(out, 0, u + v)
+        simd.store(out, 16, u - v)
+        simd.store(out, 32, u * v)
+        simd.store(out, 48, simd.smaller(u, v))
+        simd.store(out, 64, simd.larger(u, v))
+        simd.store(out, 80, simd.keep(u, 5))
+        bits = simd.bits_above_zero(u)
+        simd.store(out, 96, simd.only(v, bits))
+        return simd.sum_lanes(u), bits
+
+    double = Pointer(types.float64)
+    rng = np.random.default_rng(1)
+    a, b, out = rng.standard_normal(LANES), rng.standard_normal(LANES), np.empty((7, LANES))
+    a[3], a[4] = 0.0, np.nan
+    total, bits = compiled(every, double, double, double)(a, b, out)
+    above = ~(a <= 0)  # what passes a gradient: NaN does
+    np.testing.assert_array_equal(out[0], a + b)
+    np.testing.assert_array_equal(out[1], a - b)
+    np.testing.assert_array_equal(out[2], a * b)
+    finite = ~np.isnan(a)
+    np.testing.assert_array_equal(out[3][finite], np.minimum(a, b)[finite])
+    np.testing.assert_array_equal(out[4][finite], np.maximum(a, b)[finite])
+    np.testing.assert_array_equal(out[5], [*a[:5], *[0] * 11])
+    np.testing.assert_array_equal(out[6], np.where(above, b, 0))
+    assert bits == sum(1 << k for k in range(LANES) if above[k])
+    assert np.isnan(total)
+
+
+def test_sum_is_a_fixed_tree():
+    run = compiled(lambda a: simd.sum_lanes(simd.load(a, 0)), Pointer(types.float64))
+    a = np.random.default_rng(2).standard_normal(LANES)
+    tree = a
+    while len(tree) > 1:
+        half = len(tree) // 2
+        tree = tree[:half] + tree[half:]
+    assert run(a) == tree[0]
+
+
+def test_bits_can_be_read_from_any_position():
+    run = compiled(lambda p, bit: simd.get_bits(p, bit), Pointer(types.uint16), I64)
+    words = np.random.default_rng(3).integers(0, 1 << 16, 5, dtype=np.uint16)
+    whole = sum(int(w) << (16 * k) for k, w in enumerate(words))
+    for bit in range(64):
+        assert run(words, bit) == whole >> bit & 0xFFFF
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_streamed_vectors_arrive(name):
+    dtype, element = DTYPES[name]
+
+    def copy(x, y, n):
+        head = simd.lanes_to_boundary(y)
+        for j in range(head, n - LANES + 1, LANES):
+            simd.stream(y, j, simd.load(x, j))
+        simd.fence()
+        return head
+
+    run = compiled(copy, Pointer(element), Pointer(element), I64)
+    x = np.arange(200).astype(dtype)
+    for offset in range(1, 20):
+        y = np.zeros(300, dtype)[offset : offset + 200]
+        head = run(x, y, 200)
+        assert (y.ctypes.data + head * dtype.itemsize) % min(64, LANES * dtype.itemsize) == 0
+        stop = head + (200 - head) // LANES * LANES
+        np.testing.assert_array_equal(y[head:stop].astype(float), x[head:stop].astype(float))
+        assert not y[:head].any()
+        assert not y[stop:].any()
+
+
+def test_absent_pointers_give_none():
+    def nothing(p):
+        return simd.load(p, 0) is None and simd.moved(p, 3) is None and simd.load_some(p, 0, 5) is None
+
+    assert compiled(nothing, types.none)(None)
+
+
+def test_a_pointer_is_the_address_of_the_first_element():
+    """Pointers are read from NumPy's object, at DATA_OFFSET: this fails if an interpreter or a NumPy lays it out differently."""
+    run = compiled(lambda p: simd.get(p, 0), Pointer(types.float32))
+    a = np.arange(10, dtype=np.float32)
+    assert [run(a[k:]) for k in range(10)] == a.tolist()
+    assert run(a[::-1]) == 9
+
+
+def test_a_loop_of_sums_is_vectorised():
+    """The accumulators of an inner loop stay in registers, and a * b + c is one instruction where the CPU has it."""
+
+    def moments(x, n, out):
+        s = simd.splat(0.0)
+        q = simd.splat(0.0)
+        for j in range(0, n, LANES):
+            e = simd.load(x, j)
+            s += e
+            q += e * e
+        simd.store(out, 0, s)
+        simd.store(out, LANES, q)
+
+    dispatcher = njit(nogil=True, error_model="numpy")(moments)
+    dispatcher.compile((Pointer(types.float32), I64, Pointer(types.float64)))
+    (assembly,) = dispatcher.inspect_asm().values()
+    features = dispatcher.targetctx.codegen().magic_tuple()[2]
+    if "+fma" not in features:
+        pytest.skip("this processor has no fused multiply-add")
+    assert "vfmadd" in assembly
+    register = "zmm" if "+avx512f" in features else "ymm"
+    assert any("vfmadd" in line and register in line for line in assembly.splitlines())
+
+
+TARGETS = {"SSE2": ("x86-64", ""), "AVX2": ("haswell", "+avx,+avx2,+fma,+f16c")}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are x86-64 instruction sets")
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_instruction_sets_agree(target, tmp_path):
+    cpu, features = TARGETS[target]
+    script, file = Path(__file__).with_name("cpu_targets.py"), tmp_path / "other.npz"
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
+    subprocess.run([sys.executable, str(script), str(file)], env=environment, check=True, timeout=300)
+    import cpu_targets
+
+    here = cpu_targets.results()
+    with np.load(file) as there:
+        assert set(there) == set(here)
+        for name, value in here.items():
+            # Without FMA a product is rounded before the sum: one rounding of the dtype more, seen through sums of a few hundred.
+            bound = 1e-2 if "float16" in name else 1e-6 if "float32" in name else 1e-12
+            assert np.abs(there[name] - value).max() <= bound * max(1, np.abs(value).max()), name
