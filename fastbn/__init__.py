@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbn.blocks import batch_norm_backward_apply, batch_norm_backward_reduce, batch_norm_forward_apply
+    from fastbn.config import show_config
     from fastbn.context import Context
     from fastbn.folding import fold_batch_norm
     from fastbn.functional import batch_norm_backward, batch_norm_forward, batch_norm_inference, moments
     from fastbn.layers import BatchNorm
     from fastbn.statistics import Moments
     from fastbn.threads import get_num_threads, set_num_threads
-    from fastbn.tools import Explanation, explain, show_config, warmup
+    from fastbn.tools import Explanation, explain, warmup
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _HOME = {
     "moments": "functional",
     "get_num_threads": "threads",
     "set_num_threads": "threads",
-    "show_config": "tools",
+    "show_config": "config",
     "warmup": "tools",
 }
 

@@ -90,15 +90,13 @@ def vector(a: Any, name: str, x: Array, axis: int) -> Array | None:
     """
     if a is None:
         return None
-    if type(a) is np.ndarray and a.dtype.char in "fd" and a.shape == (x.shape[axis],):
-        return a
-    a = array(a, name)
-    if a.dtype.char not in "fd":
+    known: Array = array(a, name)
+    if known.dtype.char in "fd" and known.shape == (x.shape[axis],):
+        return known
+    if known.dtype.char not in "fd":
         raise TypeError(f"{name} has dtype {a.dtype}; allowed are float32 and float64: cast with {name}.astype(np.float32)")
     C = x.shape[axis]
-    if a.shape != (C,):
-        raise ValueError(f"{name} has shape {a.shape}, but x has shape {x.shape} with {C} channels on axis {axis}: it must be ({C},)")
-    return a
+    raise ValueError(f"{name} has shape {a.shape}, but x has shape {x.shape} with {C} channels on axis {axis}: it must be ({C},)")
 
 
 def running(mean: Any, var: Any, x: Array, axis: int, written: bool) -> tuple[Array | None, Array | None]:
@@ -131,7 +129,7 @@ def running(mean: Any, var: Any, x: Array, axis: int, written: bool) -> tuple[Ar
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share an element; True if that cannot be told quickly."""
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # any work bound is allowed, the stub knows two
     except np.exceptions.TooHardError:
         return True
 
@@ -149,12 +147,12 @@ def like(a: Any, name: str, x: Array) -> Array:
     TypeError, ValueError
         For another kind of object or dtype; another shape.
     """
-    a, dtype = data(a, name)
-    if a.dtype != x.dtype and dtype != dtype_name(x.dtype):
-        raise TypeError(f"{name} has dtype {a.dtype} and x has {x.dtype}; they must be equal: cast with {name}.astype(x.dtype)")
-    if a.shape != x.shape:
-        raise ValueError(f"{name} has shape {a.shape} and x has shape {x.shape}; they must be equal")
-    return a
+    known, dtype = data(a, name)
+    if known.dtype != x.dtype and dtype != dtype_name(x.dtype):
+        raise TypeError(f"{name} has dtype {known.dtype} and x has {x.dtype}; they must be equal: cast with {name}.astype(x.dtype)")
+    if known.shape != x.shape:
+        raise ValueError(f"{name} has shape {known.shape} and x has shape {x.shape}; they must be equal")
+    return known
 
 
 def output(out: Any, x: Array, may_be: Array | None, others: tuple[tuple[str, Array | None], ...]) -> Array | None:
@@ -174,7 +172,8 @@ def output(out: Any, x: Array, may_be: Array | None, others: tuple[tuple[str, Ar
     """
     if out is None:
         return None
-    out = array(out, "out")
+    out_: Array = array(out, "out")
+    out = out_
     if out.dtype != x.dtype:
         raise TypeError(f"out has dtype {out.dtype} and x has {x.dtype}; they must be equal: np.empty_like(x)")
     if out.shape != x.shape:
@@ -188,7 +187,7 @@ def output(out: Any, x: Array, may_be: Array | None, others: tuple[tuple[str, Ar
             continue
         allowed = "out may be that array itself, element for element" if may_be is a else "they must not share memory"
         raise ValueError(f"out overlaps {name}; {allowed}: pass np.empty_like(x)")
-    return out
+    return out_
 
 
 def _overlaps_itself(a: Array) -> bool:

@@ -59,7 +59,7 @@ class Context:
         return self._row(INVSTD)
 
     def _row(self, row: int) -> Array:
-        view = self.table[row]
+        view: Array = self.table[row]
         if isinstance(view, np.ndarray):
             view.flags.writeable = False
         return view

@@ -94,7 +94,7 @@ def native(x: Array) -> Array:
     """x itself, or a copy in native byte order at an aligned address."""
     if x.dtype.isnative and x.flags.aligned:
         return x
-    return x.astype(x.dtype.newbyteorder("="), order="K", subok=False)
+    return np.array(x, dtype=x.dtype.newbyteorder("="), order="K")
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...]) -> Array:
@@ -109,9 +109,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...]) 
         raw = np.empty(size + LINE, np.uint8)
         offset = -address(raw) % LINE
         a = raw[offset : offset + size].view(dtype).reshape(in_memory)
-    if order == tuple(range(len(order))):
-        return a
-    return a.transpose(_inverse(order))
+    return a if order == tuple(range(len(order))) else a.transpose(_inverse(order))
 
 
 @lru_cache(maxsize=256)

@@ -115,10 +115,8 @@ class Schedule:
 def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     """The schedule for a plan; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward."""
     road, group, blocks, rows, tasks = _cut(p, itemsize, tensors)
-    arguments = {
-        **{"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold},
-        **{"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows},
-    }
+    shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
+    arguments = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows}
     scratch = weighted = (group, 4 * LANES)
     if p.family == "columns":
         # 5 rows of constants and accumulators by column, and the weights of a tile of 8 rows; a vector more than the width, as
@@ -162,7 +160,7 @@ def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[.
 
     function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
     names = tuple(inspect.signature(function).parameters)
-    return compiled(function, dtype, tuple(a for a in present if a in names)), names
+    return compiled(function, dtype, tuple(a for a in present if a in names)), names  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

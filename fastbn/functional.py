@@ -257,6 +257,7 @@ def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) ->
         out = checks.output(out, x, dy, (("dy", dy), ("x, which ctx holds", x)))
     if x.size == 0:
         grads = np.zeros((5, x.shape[ctx.axis]))
+        dresidual: Array | None
         dx, dresidual = (np.empty_like(x) if out is None else out), np.empty_like(x)
     else:
         dx, grads, dresidual = cpu.backward(dy, x, ctx.state, not ctx.training, ctx.count, ctx.has_residual, out)

@@ -64,9 +64,10 @@ def _is_mine(status):
 
 @lru_cache(maxsize=1)
 def sources():
-    """A digest of every file of this package, so that an edited helper is noticed."""
+    """A digest of every file of the CPU kernels, so that an edited helper is noticed."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.glob("simd/*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -136,6 +136,9 @@ def call(case):
 def check_success(case, before, result, ctx, caught):
     a = before
     x, axis = a["x"], a["axis"]
+    w = full_weights(a)
+    if w is not None and (w[w > 0] < 1e-6).any():
+        return  # an alias: beside a weight of 1e200, one of 1 vanishes in float64, and the reference has wider numbers
     if case.function == "moments":
         count, mean, m2 = (0, 0, 0) if x.size == 0 else reference.moments(x, axis=axis, sample_weight=full_weights(a))
         if count == 0:

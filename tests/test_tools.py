@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import dispatch, tools
+from fastbn import config, dispatch
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 AXES = pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
@@ -193,10 +193,10 @@ def test_show_config_tells_the_cache(tmp_path):
 
 
 def test_a_broken_gpu_library_is_told_not_raised(monkeypatch):
-    monkeypatch.setattr(tools, "_version", lambda *names: "13.0")
+    monkeypatch.setattr(config, "_version", lambda *names: "13.0")
     monkeypatch.setitem(sys.modules, "cupy", None)  # importing it raises ImportError
-    assert tools._gpus().startswith("none: ")
-    assert "Error" in tools._gpus()
+    assert config._gpus().startswith("none: ")
+    assert "Error" in config._gpus()
 
 
 # ------------------------------------------------------------------------------------------------------------- warmup

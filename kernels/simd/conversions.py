@@ -1,0 +1,88 @@
+"""Sixteen elements as they lie in memory, to float64 and back: one rounding, to nearest even."""
+
+from numba import types
+
+from fastbn.kernels.simd.types import (
+    F16,
+    F32,
+    F64,
+    I16,
+    I32,
+    bfloat16,
+    constant,
+    vector_of,
+)
+
+
+def has_f16c(context):
+    return "+f16c" in context.codegen().magic_tuple()[2]
+
+
+def _half_to_f32(builder, h):
+    """float16 bits to float32 by integers, for CPUs without F16C: 2**112 rebiases the exponent and normalises subnormals."""
+    wide = builder.zext(h, vector_of(I32))
+    sign = builder.shl(builder.and_(wide, constant(I32, 0x8000)), constant(I32, 16))
+    shifted = builder.shl(builder.and_(wide, constant(I32, 0x7FFF)), constant(I32, 13))
+    scaled = builder.fmul(builder.bitcast(shifted, vector_of(F32)), constant(F32, 2.0**112))
+    special = builder.icmp_unsigned(">=", shifted, constant(I32, 0x7C00 << 13))
+    infinite = builder.or_(shifted, constant(I32, 0x7F800000))
+    magnitude = builder.select(special, infinite, builder.bitcast(scaled, vector_of(I32)))
+    return builder.bitcast(builder.or_(magnitude, sign), vector_of(F32))
+
+
+def _f32_to_half(builder, v):
+    """float32 to float16 bits by integers, to nearest even, for CPUs without F16C."""
+    bits = builder.bitcast(v, vector_of(I32))
+    sign = builder.and_(builder.lshr(bits, constant(I32, 16)), constant(I32, 0x8000))
+    magnitude = builder.and_(bits, constant(I32, 0x7FFFFFFF))
+    # normal: rebias the exponent by -112 and round at bit 13
+    odd = builder.and_(builder.lshr(magnitude, constant(I32, 13)), constant(I32, 1))
+    rounded = builder.add(builder.add(magnitude, constant(I32, (-112 << 23) % 2**32 + 0xFFF)), odd)
+    normal = builder.lshr(rounded, constant(I32, 13))
+    # subnormal: adding 0.5 lets the float adder round at the right bit
+    half = builder.fadd(builder.bitcast(magnitude, vector_of(F32)), constant(F32, 0.5))
+    subnormal = builder.sub(builder.bitcast(half, vector_of(I32)), constant(I32, 0x3F000000))
+    small = builder.icmp_unsigned("<", magnitude, constant(I32, 113 << 23))
+    finite = builder.select(small, subnormal, normal)
+    large = builder.icmp_unsigned(">=", magnitude, constant(I32, 143 << 23))
+    nan = builder.icmp_unsigned(">", magnitude, constant(I32, 0x7F800000))
+    special = builder.select(nan, constant(I32, 0x7E00), constant(I32, 0x7C00))
+    return builder.trunc(builder.or_(builder.select(large, special, finite), sign), vector_of(I16))
+
+
+def _bfloat16_to_f32(builder, b):
+    return builder.bitcast(builder.shl(builder.zext(b, vector_of(I32)), constant(I32, 16)), vector_of(F32))
+
+
+def _f32_to_bfloat16(builder, v):
+    """To nearest even by adding 0x7FFF plus the last kept bit; NaN stays NaN."""
+    bits = builder.bitcast(v, vector_of(I32))
+    odd = builder.and_(builder.lshr(bits, constant(I32, 16)), constant(I32, 1))
+    rounded = builder.add(builder.add(bits, constant(I32, 0x7FFF)), odd)
+    nan = builder.fcmp_unordered("uno", v, v)
+    quiet = builder.or_(bits, constant(I32, 0x400000))
+    return builder.trunc(builder.lshr(builder.select(nan, quiet, rounded), constant(I32, 16)), vector_of(I16))
+
+
+def widen(context, builder, dtype, raw):
+    """Sixteen elements as they lie in memory, to float64."""
+    if dtype == types.float64:
+        return raw
+    if dtype == types.float16:
+        by_hardware = has_f16c(context)
+        raw = builder.fpext(raw, vector_of(F32)) if by_hardware else _half_to_f32(builder, builder.bitcast(raw, vector_of(I16)))
+    elif dtype == bfloat16:
+        raw = _bfloat16_to_f32(builder, raw)
+    return builder.fpext(raw, vector_of(F64))
+
+
+def narrow(context, builder, dtype, value):
+    """Sixteen float64, to elements as they lie in memory."""
+    if dtype == types.float64:
+        return value
+    value = builder.fptrunc(value, vector_of(F32))
+    if dtype == types.float16:
+        if has_f16c(context):
+            return builder.fptrunc(value, vector_of(F16))
+        return builder.bitcast(_f32_to_half(builder, value), vector_of(F16))
+    return _f32_to_bfloat16(builder, value) if dtype == bfloat16 else value

@@ -1,0 +1,214 @@
+"""Loads and stores of vectors, whole, masked and streamed; pointers and tensors."""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastbn.kernels.simd.conversions import narrow, widen
+from fastbn.kernels.simd.types import (
+    ELEMENTS,
+    F16,
+    F32,
+    F64,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Pointer,
+    absent_gives_none,
+    f64x16,
+    lanes_below,
+    vector_of,
+)
+
+
+def _size(dtype):
+    return dtype.bitwidth // 8
+
+
+def _at(builder, pointer_type, pointer, index):
+    """The address of the vector that starts at element `index`."""
+    element = builder.gep(pointer, [index], source_etype=ELEMENTS[pointer_type.dtype])
+    return builder.bitcast(element, vector_of(ELEMENTS[pointer_type.dtype]).as_pointer())
+
+
+def _masked(builder, kind, dtype, result, arguments):
+    """Call llvm.masked.load or llvm.masked.store for sixteen elements of dtype."""
+    letter = {F16: "f16", F32: "f32", F64: "f64", I16: "i16"}[ELEMENTS[dtype]]
+    function = ir.FunctionType(result, [a.type for a in arguments])
+    name = f"llvm.masked.{kind}.v{LANES}{letter}.p0"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
+
+
+@intrinsic
+@absent_gives_none
+def load(typingctx, p, i):
+    """p[i:i+16] as float64."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        value = builder.load(_at(builder, sig.args[0], *args), typ=vector_of(ELEMENTS[dtype]))
+        value.align = _size(dtype)
+        return widen(context, builder, dtype, value)
+
+    return f64x16(p, types.int64), codegen
+
+
+@intrinsic
+@absent_gives_none
+def load_some(typingctx, p, i, n):
+    """p[i:i+n] as float64, zeros behind."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        raw = vector_of(ELEMENTS[dtype])
+        zero = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
+        pointer = _at(builder, sig.args[0], args[0], args[1])
+        arguments = [pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[2]), zero]
+        return widen(context, builder, dtype, _masked(builder, "load", dtype, raw, arguments))
+
+    return f64x16(p, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, p, i, v):
+    """p[i:i+16] = v, rounded once."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        raw = narrow(context, builder, dtype, args[2])
+        builder.store(raw, _at(builder, sig.args[0], args[0], args[1])).align = _size(dtype)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, f64x16), codegen
+
+
+@intrinsic
+def store_some(typingctx, p, i, v, n):
+    """p[i:i+n] = v[:n], rounded once."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        pointer = _at(builder, sig.args[0], args[0], args[1])
+        raw = narrow(context, builder, dtype, args[2])
+        arguments = [raw, pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[3])]
+        _masked(builder, "store", dtype, ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, f64x16, types.int64), codegen
+
+
+def _boundary(dtype):
+    """Bytes a streamed vector must be aligned to: its own size, a cache line at most."""
+    return min(64, LANES * _size(dtype))
+
+
+@intrinsic
+def stream(typingctx, p, i, v):
+    """p[i:i+16] = v around the cache: the line is not read first. p + i must lie on a boundary."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        raw = narrow(context, builder, dtype, args[2])
+        instruction = builder.store(raw, _at(builder, sig.args[0], args[0], args[1]))
+        instruction.align = _boundary(dtype)
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, f64x16), codegen
+
+
+@intrinsic
+def lanes_to_boundary(typingctx, p):
+    """Elements from p to the next address that `stream` accepts."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        negative = builder.neg(builder.ptrtoint(args[0], I64))
+        rest = builder.and_(negative, ir.Constant(I64, _boundary(dtype) - 1))
+        return builder.udiv(rest, ir.Constant(I64, _size(dtype)))
+
+    return types.int64(p), codegen
+
+
+@intrinsic
+@absent_gives_none
+def moved(typingctx, p, i):
+    """p + i, counted in elements."""
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]], source_etype=ELEMENTS[sig.args[0].dtype])
+
+    return p(p, types.int64), codegen
+
+
+@intrinsic
+@absent_gives_none
+def pointer_of(typingctx, tensor):
+    """The pointer of a tensor (pointer, stride, stride)."""
+
+    def codegen(context, builder, sig, args):
+        return builder.extract_value(args[0], 0)
+
+    return tensor[0](tensor), codegen
+
+
+@intrinsic
+@absent_gives_none
+def provided(typingctx, tensor, p):
+    """p, unless the tensor is None."""
+    return p(tensor, p), lambda context, builder, sig, args: args[1]
+
+
+def _stride(place):
+    @intrinsic
+    def stride(typingctx, tensor):
+        def codegen(context, builder, sig, args):
+            return builder.extract_value(args[0], place)
+
+        def zero(context, builder, sig, args):
+            return ir.Constant(I64, 0)
+
+        return types.int64(tensor), zero if isinstance(tensor, types.NoneType) else codegen
+
+    return stride
+
+
+row_stride, channel_stride = _stride(1), _stride(2)
+
+
+@intrinsic
+def address(typingctx, a):
+    """The pointer to the first element of a contiguous array."""
+
+    def codegen(context, builder, sig, args):
+        return context.make_array(sig.args[0])(context, builder, args[0]).data
+
+    return Pointer(a.dtype)(a), codegen
+
+
+@intrinsic
+def prefetch(typingctx, p, i):
+    """Ask for the cache line of p[i]; never faults."""
+
+    def codegen(context, builder, sig, args):
+        byte = builder.gep(args[0], [args[1]], source_etype=ELEMENTS[sig.args[0].dtype])
+        byte = builder.bitcast(byte, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+        hint = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, into L2, data
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [byte, *hint])
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Order streamed stores before whatever this thread does next."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
