@@ -28,11 +28,18 @@ from typing import Any
 Kernel = Callable[[int, int, int], object]
 
 
+class _Stop:
+    """Set once no further piece of a call shall begin."""
+
+    wanted = False
+
+
 class _Share:
     """A contiguous range of tasks, done in pieces so that a stop is noticed between them."""
 
-    def __init__(self, call: _Call, thread: int, first: int, last: int) -> None:
-        self.call, self.thread, self.first, self.last = call, thread, first, last
+    def __init__(self, kernel: Kernel, piece: int, stop: _Stop, thread: int, first: int, last: int) -> None:
+        self.kernel, self.piece, self.stop = kernel, piece, stop
+        self.thread, self.first, self.last = thread, first, last
         self.owner: dict[str, str] = {}
         self.finished = False  # by a worker
         self.error: BaseException | None = None
@@ -44,10 +51,10 @@ class _Share:
         return self.owner.setdefault("owner", who) == who
 
     def work(self) -> None:
-        call, first = self.call, self.first
-        while first < self.last and not call.stop:
-            last = min(first + call.piece, self.last)
-            call.kernel(self.thread, first, last)
+        first = self.first
+        while first < self.last and not self.stop.wanted:
+            last = min(first + self.piece, self.last)
+            self.kernel(self.thread, first, last)
             first = last
 
     def work_and_report(self) -> None:
@@ -72,9 +79,9 @@ class _Call:
     """One kernel over a range of tasks, in as many shares as there are threads."""
 
     def __init__(self, kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
-        self.kernel, self.piece, self.stop = kernel, piece, False
+        self.stop = _Stop()  # shares do not know the call: a cycle would keep its arrays until the garbage collector comes
         bounds = [tasks * k // threads for k in range(threads + 1)]
-        self.shares = [_Share(self, k, bounds[k], bounds[k + 1]) for k in range(threads)]
+        self.shares = [_Share(kernel, piece, self.stop, k, bounds[k], bounds[k + 1]) for k in range(threads)]
 
     def settle(self) -> None:
         """Return once no worker is at work, however often Ctrl-C is pressed meanwhile."""
@@ -84,7 +91,7 @@ class _Call:
                     share.wait()
                 return
             except BaseException:
-                self.stop = True  # the exception that matters is on its way up already
+                self.stop.wanted = True  # the exception that matters is on its way up already
 
     def raise_errors(self) -> None:
         """Raise the first error of a worker."""
@@ -193,7 +200,7 @@ def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
             for share in call.shares:
                 share.wait()
         except BaseException:
-            call.stop = True
+            call.stop.wanted = True
             raise
         finally:
             call.settle()

@@ -123,10 +123,10 @@ def expand_weights(weight, scratch, to, first, last, S, width):
     """The weights of rows first..last by column: those of S positions, over and over. Not needed where S is 1."""
     if weight is not None and S > 1:
         for r in range(first, last):
-            w = row(weight, r, 0)
+            w, p = row(weight, r, 0), vectors(scratch, to + r - first)
             for start in range(0, width, S):
-                for s in range(S):
-                    scratch[to + r - first, start + s] = get(w, s)
+                for s in range(0, S, LANES):  # whole vectors: what they write behind is written again, or is padding
+                    store(p, start + s, load_some(w, s, min(S - s, LANES)))
 
 
 @inline
@@ -228,16 +228,17 @@ def lanes_at(j, head, width):
 
 
 @inline
-def normalise_column(x, y, residual, mask, relu, first, last, column, j, n, scratch, streamed, lead):
+def normalise_column(x, y, residual, mask, relu, first, last, column, j, n, scratch, streamed, lead, residual_lead):
     """Columns j..j+n (n <= 16) of rows first..last: their scales are loaded once."""
     mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
     scale, bias = load(vectors(scratch, SCALE_ROW), j), load(vectors(scratch, BIAS_ROW), j)
     channel = (mean, low, scale, bias)
     if n == LANES:
         for r in range(first, last):
-            xp = row(x, r, column)
+            xp, rp = row(x, r, column), row(residual, r, column)
             prefetch(xp, j + lead)
-            normalise(xp, row(y, r, column), row(residual, r, column), row(mask, r, column >> 4), relu, j, channel, streamed, 0)
+            prefetch(rp, j + residual_lead)
+            normalise(xp, row(y, r, column), rp, row(mask, r, column >> 4), relu, j, channel, streamed, 0)
     else:
         for r in range(first, last):
             mp = row(mask, r, column >> 4)
@@ -247,7 +248,8 @@ def normalise_column(x, y, residual, mask, relu, first, last, column, j, n, scra
 
 @inline
 def normalise_rows(x, y, residual, mask, relu, first, last, rest, column, width, scratch, streamed, lead):
-    """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch `lead` values on."""
+    """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch x `lead` values on."""
+    residual_lead = rows_ahead(residual, width)
     boundary = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
     r, end = first, last + (rest > 0)
     while r < end:
@@ -256,7 +258,7 @@ def normalise_rows(x, y, residual, mask, relu, first, last, rest, column, width,
         j = 0
         while j < here:
             n = lanes_at(j, head, here)
-            normalise_column(x, y, residual, mask, relu, r, stop, column, j, n, scratch, around, lead)
+            normalise_column(x, y, residual, mask, relu, r, stop, column, j, n, scratch, around, lead, residual_lead)
             j += n
         r = stop
 

@@ -230,7 +230,7 @@ def normalise_plane(xp, yp, rp, mp, relu, start, stop, channel, streamed):
 
 @inline
 def prefetch_run(p, i, left, after):
-    """Ask for p[i], or for what follows in the next run where this one ends after `left` values."""
+    """Ask for p[i], or for what follows in the next run where this one ends after `left` values. Of None: nothing."""
     if i < left:
         prefetch(p, i)
     else:
@@ -238,7 +238,7 @@ def prefetch_run(p, i, left, after):
 
 
 @inline
-def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S):
+def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S):
     """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
     carry = 0
     k = splat(shift)
@@ -249,6 +249,7 @@ def normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, left, a
     j = head
     while j + LANES <= S:
         prefetch_run(ahead, i + PREFETCH, left, after)
+        prefetch_run(rp, i + PREFETCH, r_left, r_after)
         sums = gather(ahead, wp, i, k, sums)
         carry = normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry)
         i += LANES
@@ -308,7 +309,10 @@ def forward_planes(
                     ahead, shift = plane(x, n, c + group), scratch[row, SHIFT]
                     left, after = (min(stop + group, last) - c - group) * S, plane(x, n + 1, start + group)
                     sums = load_sums(scratch, row)
-                    sums = normalise_and_gather(xp, yp, rp, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S)
+                    r_left, r_after = (stop - c) * S, plane(residual, n + 1, start)
+                    sums = normalise_and_gather(
+                        xp, yp, rp, r_left, r_after, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S
+                    )
                     save_sums(scratch, row, sums)
                     if (n + 1) % planes_a_block == 0 or n + 1 == N:
                         close_block(scratch, row, wp, (n % planes_a_block + 1) * S)

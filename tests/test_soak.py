@@ -4,6 +4,8 @@ import gc
 import os
 import sys
 import threading
+import time
+import weakref
 
 import inputs
 import numpy as np
@@ -87,19 +89,23 @@ def test_short_lived_callers_leave_no_threads():
 
 
 def test_contexts_are_freed():
-    """Without the garbage collector: no cycle keeps x alive."""
-    import weakref
-
-    x = inputs.normal((32, 8, 32, 32))
-    y, ctx = fastbn.batch_norm_forward(x)
-    fastbn.batch_norm_backward(y, ctx)
-    seen = weakref.ref(x)
+    """Without the garbage collector: no cycle keeps x alive, nor do workers, once they have seen that a share is done."""
+    before = fastbn.get_num_threads()
+    fastbn.set_num_threads(3)
     gc.disable()
     try:
+        x = inputs.normal((32, 8, 32, 32))
+        y, ctx = fastbn.batch_norm_forward(x)
+        fastbn.batch_norm_backward(y, ctx)
+        seen = weakref.ref(x)
         del x, y, ctx
+        deadline = time.monotonic() + 20
+        while seen() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert seen() is None
     finally:
         gc.enable()
+        fastbn.set_num_threads(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits a process's memory on Linux only")

@@ -189,8 +189,9 @@ def address(typingctx, a):
 
 
 @intrinsic
+@absent_gives_none
 def prefetch(typingctx, p, i):
-    """Ask for the cache line of p[i]; never faults."""
+    """Ask for the cache line of p[i]; never faults. Of None: nothing."""
 
     def codegen(context, builder, sig, args):
         byte = builder.gep(args[0], [args[1]], source_etype=ELEMENTS[sig.args[0].dtype])
