@@ -313,8 +313,8 @@ def _backward_of_copies(
 
 def moments(
     x: Array, shape: tuple[int, int, int], *, sample_weight: Array | None = None, dtype: str | None = None
-) -> tuple[Any, Array, Array]:
-    """(count, mean, m2) of each channel, mean and m2 float64 (C,) on the GPU; arguments as in `forward`.
+) -> tuple[Any, Array, Array, Array]:
+    """(count, mean, m2, low word of the mean) of each channel, float64 (C,) on the GPU; arguments as in `forward`.
 
     With weights, count is their sum, a float64 array of no dimensions on the GPU.
     """
@@ -332,4 +332,4 @@ def moments(
     )
     call.run(f"stats_{plan.family}", plan.blocks, arguments, weighted=weights.given)
     count = weights.counts[0] if weights.given else float(shape[0] * shape[2])
-    return count, table[2].copy(), table[4] * count
+    return count, table[2].copy(), table[4] * count, table[3].copy()

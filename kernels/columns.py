@@ -22,7 +22,6 @@ from fastbn.kernels.channels import MEAN, finish_blocks, moments_of_sums, shift_
 from fastbn.kernels.planes import add_value, flush_bits, normalise, normalise_some
 from fastbn.kernels.simd import (
     LANES,
-    address,
     fence,
     get,
     keep,
@@ -30,13 +29,14 @@ from fastbn.kernels.simd import (
     load,
     load_some,
     moved,
-    pointer_of,
     prefetch,
     provided,
+    row,
     row_stride,
     splat,
     store,
     sum_lanes,
+    vectors,
 )
 from fastbn.kernels.variants import inline
 
@@ -55,23 +55,11 @@ WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
 
 
 @inline
-def row(tensor, r, column):
-    """The pointer to element (r, column); None of None."""
-    return moved(pointer_of(tensor), r * row_stride(tensor) + column)
-
-
-@inline
 def strip_of(strip, group, C, S, fold):
     """First channel, number of channels, first column and width of a strip of `group` channels."""
     first = strip * group
     channels = min(group, C - first)
     return first, channels, first * S, channels * S * fold
-
-
-@inline
-def vectors(scratch, of):
-    """The pointer to a row of scratch."""
-    return moved(address(scratch), of * scratch.shape[1])
 
 
 @inline
@@ -83,19 +71,16 @@ def spread(p, j, value, S):
 
 
 @inline
-def expand(scratch, to, table, of, rows, first, channels, S, width):
-    """scratch[to + k, j] = table[of + k, channel of column j] for k < rows."""
-    for k in range(rows):
-        p = vectors(scratch, to + k)
-        for start in range(0, width, channels * S):
-            for c in range(channels):
-                spread(p, start + c * S, table[of + k, first + c], S)
+def expand(p, values, channels, S, width):
+    """p[j] = values[channel of column j]."""
+    for start in range(0, width, channels * S):
+        for c in range(channels):
+            spread(p, start + c * S, get(values, c), S)
 
 
 @inline
-def collapse(scratch, of, channel, channels, S, width):
-    """The sum of scratch[of, j] over the columns of a channel, in an order that depends on the shape alone."""
-    p = vectors(scratch, of)
+def collapse(p, channel, channels, S, width):
+    """The sum of p[j] over the columns of a channel, in an order that depends on the shape alone."""
     if S == 1:
         total = 0.0
         for j in range(channel, width, channels):
@@ -109,8 +94,8 @@ def collapse(scratch, of, channel, channels, S, width):
 
 
 @inline
-def zero_row(scratch, of, width):
-    p = vectors(scratch, of)
+def clear(p, width):
+    """p[:width] = 0, in whole vectors."""
     for j in range(0, width, LANES):
         store(p, j, splat(0.0))
 
@@ -191,8 +176,8 @@ def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold,
     for start in range(0, width, channels * S):
         for c in range(channels):
             spread(shifts, start + c * S, partial[c0 + c, block, 3], S)
-    zero_row(scratch, SUM_ROW, width)
-    zero_row(scratch, SQUARE_ROW, width)
+    clear(vectors(scratch, SUM_ROW), width)
+    clear(vectors(scratch, SQUARE_ROW), width)
     lead = rows_ahead(x, width)
     r, end = first, last + (rest > 0)
     while r < end:
@@ -201,8 +186,8 @@ def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold,
         r = stop
     count = float((last - first) * S * fold + rest // C) if weight is None else total_weight(weight, first, last, S)
     for c in range(channels):
-        s = collapse(scratch, SUM_ROW, c, channels, S, width)
-        q = collapse(scratch, SQUARE_ROW, c, channels, S, width)
+        s = collapse(vectors(scratch, SUM_ROW), c, channels, S, width)
+        q = collapse(vectors(scratch, SQUARE_ROW), c, channels, S, width)
         n, d, m2 = moments_of_sums(s, q, count)
         partial[c0 + c, block, 0], partial[c0 + c, block, 1], partial[c0 + c, block, 2] = n, d, m2
 
@@ -278,7 +263,8 @@ def normalise_columns(
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
         more = rest if b == blocks - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
-        expand(mine, MEAN_ROW, table, MEAN, 4, c0, channels, S, width)  # MEAN, LOW, SCALE, BETA
+        for k in range(4):  # MEAN, LOW, SCALE, BETA
+            expand(vectors(mine, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
         normalise_rows(x, y, residual, mask, relu, r0, r1, more, column, width, mine, streamed, rows_ahead(x, width))
     if streamed:
         fence()
@@ -315,7 +301,8 @@ def forward_columns(
         c0, channels, column, width = strip_of(strip, group, C, S, 1)
         for c in range(c0, c0 + channels):
             finish_blocks(table, partial, c, eps)
-        expand(mine, MEAN_ROW, table, MEAN, 4, c0, channels, S, width)  # MEAN, LOW, SCALE, BETA
+        for k in range(4):  # MEAN, LOW, SCALE, BETA
+            expand(vectors(mine, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
         # While y is streamed out, the next strip is prefetched: reads and writes overlap as in a copy.
         normalise_rows(x, y, residual, mask, relu, 0, R, 0, column, width, mine, streamed, width)
     if streamed:

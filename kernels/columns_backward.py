@@ -7,17 +7,15 @@ sweep everything once each; `backward_columns` takes short planes strip by strip
 from fastbn.kernels.channels import COEF_A, MEAN, finish_blocks_backward
 from fastbn.kernels.columns import (
     TILE,
+    clear,
     collapse,
     expand,
     expand_weights,
     lanes_at,
     next_tile,
-    row,
     rows_ahead,
     strip_of,
-    vectors,
     weight_vector,
-    zero_row,
 )
 from fastbn.kernels.planes_backward import add_products, apply, apply_some, gradient, gradient_some
 from fastbn.kernels.simd import (
@@ -28,9 +26,12 @@ from fastbn.kernels.simd import (
     lanes_to_boundary,
     load,
     load_some,
+    moved,
     prefetch,
+    row,
     splat,
     store,
+    vectors,
 )
 from fastbn.kernels.variants import inline
 
@@ -80,9 +81,10 @@ def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch, lead):
 def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fold, table, scratch, partial, block):
     """Both sums of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
     c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    expand(scratch, MEAN_ROW, table, MEAN, 2, c0, channels, S, width)  # MEAN, LOW
-    zero_row(scratch, DY_ROW, width)
-    zero_row(scratch, DY_XMU_ROW, width)
+    for k in range(2):  # MEAN, LOW
+        expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
+    clear(vectors(scratch, DY_ROW), width)
+    clear(vectors(scratch, DY_XMU_ROW), width)
     lead = rows_ahead(x, width)
     r, end = first, last + (rest > 0)
     while r < end:
@@ -90,8 +92,8 @@ def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fol
         reduce_tile(x, dy, weight, mask, r, stop, column, rest if r == last else width, scratch, lead)
         r = stop
     for c in range(channels):
-        partial[c0 + c, block, 0] = collapse(scratch, DY_ROW, c, channels, S, width)
-        partial[c0 + c, block, 1] = collapse(scratch, DY_XMU_ROW, c, channels, S, width)
+        partial[c0 + c, block, 0] = collapse(vectors(scratch, DY_ROW), c, channels, S, width)
+        partial[c0 + c, block, 1] = collapse(vectors(scratch, DY_XMU_ROW), c, channels, S, width)
 
 
 def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scratch, thread, first, last, group, rows_a_block):
@@ -110,8 +112,10 @@ def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scr
 
 @inline
 def expand_coefficients(table, grads, scratch, first, channels, S, width):
-    expand(scratch, MEAN_ROW, table, MEAN, 2, first, channels, S, width)  # MEAN, LOW
-    expand(scratch, A_ROW, grads, COEF_A, 3, first, channels, S, width)  # COEF_A, COEF_B, COEF_C
+    for k in range(2):  # MEAN, LOW
+        expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
+    for k in range(3):  # COEF_A, COEF_B, COEF_C
+        expand(vectors(scratch, A_ROW + k), moved(vectors(grads, COEF_A + k), first), channels, S, width)
 
 
 @inline

@@ -19,10 +19,8 @@ hundred thousand values is summed, then merged with the blocks before it (Chan, 
 from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel
 from fastbn.kernels.simd import (
     LANES,
-    address,
     bits_above_zero,
     centre,
-    channel_stride,
     fence,
     keep,
     lanes_to_boundary,
@@ -30,30 +28,23 @@ from fastbn.kernels.simd import (
     load_some,
     moved,
     only,
-    pointer_of,
+    plane,
     prefetch,
     put_bits,
-    row_stride,
     splat,
     store,
     store_some,
     stream,
     sum_lanes,
+    vectors,
 )
 from fastbn.kernels.variants import inline
 
 # Columns of a scratch row: three vectors of accumulators, then scalars.
 SUM, SQUARE, WEIGHT = 0, LANES, 2 * LANES
 SHIFT, COUNT, AVERAGE, M2 = range(3 * LANES, 3 * LANES + 4)
-SCRATCH = 4 * LANES
 
 PREFETCH = 4096
-
-
-@inline
-def plane(tensor, n, c):
-    """The pointer to plane (n, c); None of None."""
-    return moved(pointer_of(tensor), n * row_stride(tensor) + c * channel_stride(tensor))
 
 
 # ---------------------------------------------------------------------------------------------------- moments of a plane
@@ -98,9 +89,9 @@ def gather_plane(xp, wp, start, stop, shift, sums):
 @inline
 def open_channel(scratch, row, shift):
     """Start a channel: nothing gathered yet."""
-    at = address(scratch)
+    at = vectors(scratch, row)
     for k in range(0, 3 * LANES, LANES):
-        store(at, row * SCRATCH + k, splat(0.0))
+        store(at, k, splat(0.0))
     scratch[row, SHIFT] = shift
     scratch[row, COUNT] = 0.0
     scratch[row, AVERAGE] = 0.0
@@ -109,18 +100,16 @@ def open_channel(scratch, row, shift):
 
 @inline
 def load_sums(scratch, row):
-    at = address(scratch)
-    base = row * SCRATCH
-    return load(at, base + SUM), load(at, base + SQUARE), load(at, base + WEIGHT)
+    at = vectors(scratch, row)
+    return load(at, SUM), load(at, SQUARE), load(at, WEIGHT)
 
 
 @inline
 def save_sums(scratch, row, sums):
-    at = address(scratch)
-    base = row * SCRATCH
-    store(at, base + SUM, sums[0])
-    store(at, base + SQUARE, sums[1])
-    store(at, base + WEIGHT, sums[2])
+    at = vectors(scratch, row)
+    store(at, SUM, sums[0])
+    store(at, SQUARE, sums[1])
+    store(at, WEIGHT, sums[2])
 
 
 @inline

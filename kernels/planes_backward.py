@@ -12,7 +12,7 @@ Versions, 32x64x112x112 float32 on 2 threads of an AVX-512 machine, as a multipl
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
-from fastbn.kernels.planes import PREFETCH, head_of, load_sums, plane, prefetch_run, save_sums
+from fastbn.kernels.planes import PREFETCH, head_of, load_sums, prefetch_run, save_sums
 from fastbn.kernels.simd import (
     LANES,
     bits_above_zero,
@@ -23,6 +23,7 @@ from fastbn.kernels.simd import (
     load,
     load_some,
     only,
+    plane,
     splat,
     store,
     store_some,

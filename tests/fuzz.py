@@ -220,14 +220,14 @@ def bad_array(r, case):
         )
         case.arguments[name] = bad()
     sure = what in ("list", "masked array") or (name != "sample_weight" and what == "0-D")
-    sure = sure or (name not in ("x", "sample_weight") and what == "one axis more")
+    sure = sure or (name not in ("x", "sample_weight") and what == "one axis more" and a.ndim)
     case.change(name, what, "raises" if sure else "either")
 
 
 BAD_NUMBERS = {
     "eps": (0.0, -1e-5, float("nan"), float("inf"), "1e-5", None, True, 1j, np.zeros(2)),
     "momentum": (-0.1, 1.5, float("nan"), "0.1", True, 1j, [0.1]),
-    "axis": (6, -7, 1.0, None, "1", True, (1,)),
+    "axis": (9, -10, 1.0, None, "1", True, (1,)),
     "activation": ("gelu", 0, True, b"relu", ["relu"]),
 }
 

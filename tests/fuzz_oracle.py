@@ -137,8 +137,13 @@ def check_success(case, before, result, ctx, caught):
     a = before
     x, axis = a["x"], a["axis"]
     w = full_weights(a)
-    if w is not None and (w[w > 0] < 1e-6).any():
-        return  # an alias: beside a weight of 1e200, one of 1 vanishes in float64, and the reference has wider numbers
+    if w is not None and x.size and (w > 0).any():
+        # An alias: beside a weight of 1e90, one of 1 vanishes in float64. And where a channel begins with a weight of 0,
+        # the reference does not shift before it sums, and rounds the mean to 5e-20 of it: coarser than the kernels do.
+        count, mean, m2 = reference.moments(x, axis=axis, sample_weight=w)
+        with np.errstate(all="ignore"):
+            if (w[w > 0] < 1e-6).any() or (np.abs(mean) > 1e5 * np.sqrt(m2 / count)).any():
+                return
     if case.function == "moments":
         count, mean, m2 = (0, 0, 0) if x.size == 0 else reference.moments(x, axis=axis, sample_weight=full_weights(a))
         if count == 0:

@@ -231,11 +231,21 @@ def test_no_home(tmp_path):
     base = {"FASTBN_CACHE_DIR": None, "FASTBN_CACHE": None, "XDG_CACHE_HOME": None}
     # A file where the home should be: nobody, root included, can make a folder in it.
     assert one({**base, "HOME": str(tmp_path / "file")}, cwd=tmp_path / "here") == ("compiled", "None")
-    # A user whom the system does not know, as in containers: "~" stays "~".
+    # A user whom the system does not know, as in containers.
     unknown = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
     out = subprocesses.run(unknown + ONE, env={**base, "HOME": None}, cwd=tmp_path / "here")
     assert out.split() == ["True", "compiled", "None"]
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_home_that_is_not_absolute(tmp_path, monkeypatch):
+    """For a user without a home some versions of platformdirs say "~/.cache", which is a place in the working folder."""
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **kwargs: "~/.cache/fastbn")
+    monkeypatch.delenv("FASTBN_CACHE_DIR", raising=False)
+    monkeypatch.delenv("FASTBN_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert cache.folder.__wrapped__() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @POSIX

@@ -145,47 +145,62 @@ def moved(typingctx, p, i):
 
 @intrinsic
 @absent_gives_none
-def pointer_of(typingctx, tensor):
-    """The pointer of a tensor (pointer, stride, stride)."""
-
-    def codegen(context, builder, sig, args):
-        return builder.extract_value(args[0], 0)
-
-    return tensor[0](tensor), codegen
-
-
-@intrinsic
-@absent_gives_none
 def provided(typingctx, tensor, p):
     """p, unless the tensor is None."""
     return p(tensor, p), lambda context, builder, sig, args: args[1]
 
 
-def _stride(place):
-    @intrinsic
-    def stride(typingctx, tensor):
-        def codegen(context, builder, sig, args):
-            return builder.extract_value(args[0], place)
-
-        def zero(context, builder, sig, args):
-            return ir.Constant(I64, 0)
-
-        return types.int64(tensor), zero if isinstance(tensor, types.NoneType) else codegen
-
-    return stride
-
-
-row_stride, channel_stride = _stride(1), _stride(2)
+def _tensor_element(builder, tensor_type, tensor, steps):
+    """The address of an element of a tensor; steps are (index, place of its stride in the tuple, 0 for a stride of 1)."""
+    offset = ir.Constant(I64, 0)
+    for index, place in steps:
+        offset = builder.add(offset, builder.mul(index, builder.extract_value(tensor, place)) if place else index)
+    return builder.gep(builder.extract_value(tensor, 0), [offset], source_etype=ELEMENTS[tensor_type[0].dtype])
 
 
 @intrinsic
-def address(typingctx, a):
-    """The pointer to the first element of a contiguous array."""
+@absent_gives_none
+def plane(typingctx, tensor, n, c):
+    """The pointer to plane (n, c) of a tensor."""
 
     def codegen(context, builder, sig, args):
-        return context.make_array(sig.args[0])(context, builder, args[0]).data
+        return _tensor_element(builder, sig.args[0], args[0], ((args[1], 1), (args[2], 2)))
 
-    return Pointer(a.dtype)(a), codegen
+    return tensor[0](tensor, types.int64, types.int64), codegen
+
+
+@intrinsic
+@absent_gives_none
+def row(typingctx, tensor, r, column):
+    """The pointer to element (r, column) of a tensor."""
+
+    def codegen(context, builder, sig, args):
+        return _tensor_element(builder, sig.args[0], args[0], ((args[1], 1), (args[2], 0)))
+
+    return tensor[0](tensor, types.int64, types.int64), codegen
+
+
+@intrinsic
+def row_stride(typingctx, tensor):
+    """Elements from a row to the next; 0 of None."""
+
+    def codegen(context, builder, sig, args):
+        absent = isinstance(sig.args[0], types.NoneType)
+        return ir.Constant(I64, 0) if absent else builder.extract_value(args[0], 1)
+
+    return types.int64(tensor), codegen
+
+
+@intrinsic
+def vectors(typingctx, array, r):
+    """The pointer to row r of a contiguous two-dimensional array."""
+
+    def codegen(context, builder, sig, args):
+        a = context.make_array(sig.args[0])(context, builder, args[0])
+        offset = builder.mul(args[1], builder.extract_value(a.shape, 1))
+        return builder.gep(a.data, [offset], source_etype=ELEMENTS[sig.args[0].dtype])
+
+    return Pointer(array.dtype)(array, types.int64), codegen
 
 
 @intrinsic

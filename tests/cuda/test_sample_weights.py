@@ -93,7 +93,7 @@ def test_weights_of_one_are_no_weights(backend):
     module.forward(x, plain, x.shape)
     module.forward(x, weighted, x.shape, sample_weight=np.ones(4, bool))
     np.testing.assert_allclose(weighted, plain, atol=2e-6)  # twice the contract's bound: another order of additions
-    count, mean, _ = module.moments(x, x.shape, sample_weight=np.ones((4, 300)))
+    count, mean, *_ = module.moments(x, x.shape, sample_weight=np.ones((4, 300)))
     assert count == 1200
     np.testing.assert_allclose(mean, x.mean(axis=(0, 2), dtype=float), rtol=1e-12)
 
