@@ -112,7 +112,7 @@ def batch_norm_forward_apply(
         frame = cpu.frame_of(x_native, axis, dtype, weight is not None)
         weights = None if weight is None else cpu.weights_of(weight, frame)
         _check_count(moments, float(frame.plan.count) if weights is None else weights.total, weights is None, x, axis)
-        if weights is not None and mean is not None and unbiased and effective_count is None and weights.total != weights.squares:
+        if weights is not None and mean is not None and unbiased and effective_count is None and weights.total != weights.effective:
             raise ValueError(
                 "sample_weight has weights other than 0 and 1, for which the moments do not tell the n of n / (n - 1): pass "
                 "effective_count=sum(w)**2 / sum(w**2) over all parts, or unbiased=False"

@@ -63,12 +63,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Weights:
-    """Sample weights as the kernels read them: float64 (N, S), their sum, how many are positive, and three offsets where they are."""
+    """Sample weights as the kernels read them: float64 (N, S), their sum, how many are positive, their effective number
+    sum(w)**2 / sum(w**2), and three offsets where they are positive."""
 
     array: Array
     total: float
     positive: int
-    squares: float
+    effective: float
     points: tuple[int, int, int]
 
 
@@ -173,7 +174,9 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
     where = np.flatnonzero(array)
     chosen = where[[0, len(where) // 2, -1]] if len(where) else np.zeros(3, np.intp)
     a, b, c = (int(k) for k in chosen)
-    return Weights(array, float(array.sum()), len(where), float(np.square(array).sum()), (a, b, c))
+    part = array / (array.max(initial=0.0) or 1.0)  # of the largest: squares of these neither overflow nor vanish
+    effective = float(part.sum()) ** 2 / (float(np.square(part).sum()) or 1.0)
+    return Weights(array, float(array.sum()), len(where), effective, (a, b, c))
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -300,8 +303,8 @@ def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     return table
 
 
-def update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float, dtype: str, force: bool) -> int:
-    """Move the running statistics; how many channels are not finite. With any, nothing is written unless `force`."""
+def update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float, limit: float, force: bool) -> int:
+    """Move the running statistics; how many channels exceed the limit. With any, nothing is written unless `force`."""
     job: Job = {
         "table": table,
         "running_mean": mean,
@@ -312,9 +315,9 @@ def update_running(table: Array, mean: Array, var: Array, momentum: float, corre
         "momentum": momentum,
         "correction": correction,
         "force": force,
-        "limit": LARGEST[dtype],
+        "limit": limit,
     }
-    return dispatch.call("update_running", dtype, job)
+    return dispatch.call("update_running", "float32" if mean.itemsize == 4 else "float64", job)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward

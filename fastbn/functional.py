@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu
+from fastbn import checks, cpu, gpu
 from fastbn.context import Context
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def batch_norm_forward(
     Parameters
     ----------
     x : array, ndim >= 2
-        float32, float64, float16 or bfloat16, of any strides. (N, C), (N, C, L), (N, C, H, W), ..., or channels last with
-        ``axis=-1``. What the kernels cannot read in place is copied once; `fastbn.explain` tells.
+        NumPy or CuPy, float32, float64, float16 or bfloat16, of any strides. (N, C), (N, C, L), (N, C, H, W), ..., or channels last
+        with ``axis=-1``. What the kernels cannot read in place is copied once; `fastbn.explain` tells.
     gamma, beta : array, (C,), optional
         Scale and shift, float32 or float64; 1 and 0 if None.
     running_mean, running_var : array, (C,), optional
@@ -102,6 +102,10 @@ def batch_norm_forward(
     >>> y[:, 0].round(3).tolist()
     [[-1.151, -0.822], [0.822, 1.151]]
     """
+    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
+        return gpu.forward(
+            x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, unbiased, activation, residual, sample_weight, out
+        )
     x, dtype, axis = checks.x_and_axis(x, axis)
     gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
     mean, var = checks.running(running_mean, running_var, x, axis, bool(training))
@@ -112,6 +116,9 @@ def batch_norm_forward(
     if out is not None:
         named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
         out = checks.output(out, x, None, (*named, ("sample_weight", weight)))
+    if training and mean is not None:
+        read = (("x", x), ("gamma", gamma_), ("beta", beta_), ("residual", residual), ("sample_weight", weight))
+        checks.apart((("running_mean", mean), ("running_var", var)), read)
     if not training and mean is None:
         raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
 
@@ -126,7 +133,7 @@ def batch_norm_forward(
     if training:
         if weights is not None:
             _check_weights(weights, x, axis)
-            count, effective = weights.total, weights.total * weights.total / weights.squares
+            count, effective = weights.total, weights.effective
         elif count == 1:
             raise ValueError(
                 f"x has shape {x.shape} with one value per channel on axis {axis}: its variance is 0 and says nothing; "
@@ -137,8 +144,6 @@ def batch_norm_forward(
     y, mask = cpu.normalise(
         x_native, frame, table, eps, not training, relu, relu, residual, weights if training else None, out, x.dtype
     )
-    if training and mean is not None and var is not None:
-        _update_running(table, mean, var, momentum, effective / (effective - 1.0) if unbiased else 1.0)
     ctx = Context(
         x,
         axis,
@@ -151,6 +156,8 @@ def batch_norm_forward(
         table,
         cpu.State(frame, table, mask, weights if training else None),
     )
+    if training and mean is not None and var is not None:
+        _update_running(table, mean, var, momentum, _correction(effective) if unbiased else 1.0)
     return y, ctx
 
 
@@ -178,10 +185,16 @@ def _forward_of_nothing(
 ) -> tuple[Array, Context]:
     """An empty batch: y is empty, and nothing is learnt from it."""
     table[cpu.MEAN], table[cpu.VAR] = (0.0, 0.0) if training else (mean, var)
-    table[cpu.INVSTD] = 1.0 / np.sqrt(table[cpu.VAR] + eps)
+    with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
+        table[cpu.INVSTD] = 1.0 / np.sqrt(table[cpu.VAR] + eps)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     ctx = Context(x, axis, bool(training), 0.0, has_residual, relu, *dtypes, table, None)
     return np.empty_like(x) if out is None else out, ctx
+
+
+def _correction(n: float) -> float:
+    """n / (n - 1); infinite, so that running_var is left alone, where all but one weight are vanishingly small."""
+    return n / (n - 1.0) if n > 1.0 else float("inf")
 
 
 def _update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float) -> None:
@@ -191,18 +204,24 @@ def _update_running(table: Array, mean: Array, var: Array, momentum: float, corr
     else:
         common = np.result_type(mean, var).newbyteorder("=")
         new_mean, new_var = mean.astype(common), var.astype(common)
-    dtype = checks.dtype_name(new_mean.dtype)
-    assert dtype is not None
-    skipped = cpu.update_running(table, new_mean, new_var, momentum, correction, dtype, False)
-    if skipped:
-        warnings.warn(
-            f"{skipped} of {len(mean)} channels have statistics that are not finite in {dtype}; their running statistics stay as they were",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        cpu.update_running(table, new_mean, new_var, momentum, correction, dtype, True)
-    if new_mean is not mean:
-        mean[...], var[...] = new_mean, new_var
+    single = mean.itemsize == 4 or var.itemsize == 4
+    limit = cpu.LARGEST["float32" if single else "float64"]
+    before = mean.copy(), var.copy()
+    try:
+        skipped = cpu.update_running(table, new_mean, new_var, momentum, correction, limit, False)
+        if skipped:
+            warnings.warn(
+                f"{skipped} of {len(mean)} channels have statistics that are not finite in {'float32' if single else 'float64'}; "
+                "their running statistics stay as they were",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            cpu.update_running(table, new_mean, new_var, momentum, correction, limit, True)
+        if new_mean is not mean:
+            mean[...], var[...] = new_mean, new_var
+    except BaseException:  # Ctrl-C among them, which may strike after the kernel has returned
+        mean[...], var[...] = before
+        raise
 
 
 def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) -> tuple[Array | None, ...]:
@@ -252,6 +271,8 @@ def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) ->
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx is a {type(ctx).__name__}; pass the second result of batch_norm_forward")
     x = ctx.x
+    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
+        return gpu.backward(dy, ctx, out)
     dy = checks.like(dy, "dy", x)
     if out is not None:
         out = checks.output(out, x, dy, (("dy", dy), ("x, which ctx holds", x)))
@@ -307,6 +328,8 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(x, None, None, np.array([1.0, 2.0]), np.ones(2), eps=1e-12).round(6).tolist()
     [[0.0, 0.0], [2.0, 2.0]]
     """
+    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
+        return gpu.inference(x, gamma, beta, mean, var, eps, axis, activation, residual, out)  # type: ignore[no-any-return]
     x, dtype, axis = checks.x_and_axis(x, axis)
     gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
     mean_, var_ = checks.vector(mean, "mean", x, axis), checks.vector(var, "var", x, axis)
@@ -355,6 +378,8 @@ def moments(x: Array, *, axis: int = 1, sample_weight: Array | None = None) -> M
     """
     from fastbn.statistics import Moments
 
+    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
+        return gpu.moments(x, axis, sample_weight)
     x, dtype, axis = checks.x_and_axis(x, axis)
     weight = checks.weights(sample_weight, x, axis)
     if x.size == 0:

@@ -7,7 +7,7 @@ CuPy nor Numba.
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn import checks, cpu, cuda_backend
 from fastbn.context import Context
-from fastbn.gpu_arrays import Arrays, Layout, kind_of
+from fastbn.gpu_arrays import Arrays, Layout, is_gpu_array
 
 if TYPE_CHECKING:
     from fastbn.statistics import Moments
@@ -24,14 +24,6 @@ Array = Any  # cupy.ndarray, or what gpu_arrays.py exchanges for one
 
 # Where the rows of a context's table are in the GPU's (kernels/cuda/channels.py).
 _ROWS = {cpu.MEAN: 2, cpu.VAR: 4, cpu.INVSTD: 5}
-
-
-def is_gpu_array(a: object) -> bool:
-    """Whether an array is on a GPU, by the interface that it offers. To be asked where ``type(a) is np.ndarray`` does not hold."""
-    try:
-        return hasattr(a, "__cuda_array_interface__")
-    except RuntimeError:  # a PyTorch tensor on a GPU that requires a gradient; what to do is said where it is converted
-        return True
 
 
 class GpuContext(Context):
@@ -88,12 +80,22 @@ def forward(
             f"x has shape {shape} with one value per channel on axis {axis}: its variance is 0 and says nothing; "
             "train with more values, or pass training=False"
         )
-    dtypes = tuple(None if v is None else v.dtype for v in vectors)
+    gamma_dtype, beta_dtype = (None if v is None else v.dtype for v in vectors)
+    context = partial(
+        GpuContext,
+        x=x,
+        axis=axis,
+        training=bool(training),
+        has_residual=residual is not None,
+        relu=relu,
+        gamma_dtype=gamma_dtype,
+        beta_dtype=beta_dtype,
+    )
     with a.on_device():
         if a.x.size == 0:
             table = _table_of_nothing(a, shape[axis], training, eps)
             y = xp.empty_like(a.x) if out is None else a["out"]
-            return a.back("out", y), GpuContext(x, axis, bool(training), 0.0, residual is not None, relu, *dtypes, table, None)
+            return a.back("out", y), context(count=0.0, table=table, state=None)
         layout = Layout(a.x, axis, dtype)
         y, y_read, finish = layout.written(xp, a["out"], a.x.dtype)
         live, held = statistics, _alike(xp, statistics)
@@ -118,9 +120,7 @@ def forward(
             for given, used in zip(live, held, strict=True):
                 if given is not None and used is not given:
                     given[...] = used
-    return a.back("out", y), GpuContext(
-        x, axis, bool(training), state.count, residual is not None, relu, *dtypes, state.table, (state, layout)
-    )
+    return a.back("out", y), context(count=state.count, table=state.table, state=(state, layout))
 
 
 def _table_of_nothing(a: Arrays, C: int, training: bool, eps: float) -> Array:
@@ -223,9 +223,9 @@ def moments(x: Array, axis: int, sample_weight: Array | None) -> Moments:
     dtype, axis = a.data("x", axis)
     a.weight(axis)
     C = a.x.shape[axis]
-    with a.on_device() if a.x.size else contextlib.nullcontext():
-        if a.x.size == 0:
-            return Moments.empty(C)
+    if a.x.size == 0:
+        return Moments.empty(C)
+    with a.on_device():
         layout = Layout(a.x, axis, dtype)
         weight = layout.weight(a.xp, a["sample_weight"])
         count, mean, m2, low = cuda_backend.moments(layout.read(a.x), layout.shape, sample_weight=weight, dtype=dtype)
@@ -233,4 +233,4 @@ def moments(x: Array, axis: int, sample_weight: Array | None) -> Moments:
         return Moments.empty(C) if count == 0.0 else Moments(count, mean, m2, low)
 
 
-__all__ = ["GpuContext", "backward", "forward", "inference", "is_gpu_array", "kind_of", "moments"]
+__all__ = ["GpuContext", "backward", "forward", "inference", "is_gpu_array", "moments"]

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, cuda_backend, layout
+from fastbn import checks, layout
+from fastbn.kernels.cuda import host
 
 Array = Any
 
@@ -29,13 +30,23 @@ _NOTHING = bytes(32)  # memory for one value of any dtype
 _CONVERT = "cupy.asarray({0}), or cupy.from_dlpack({0})"
 
 
-def kind_of(a: object) -> str:
+def is_gpu_array(a: object) -> bool:
+    """Whether an array is on a GPU, by the interface that it offers. To be asked where ``type(a) is np.ndarray`` does not hold."""
+    try:
+        return hasattr(a, "__cuda_array_interface__")
+    except RuntimeError:  # a PyTorch tensor on a GPU that requires a gradient; what to do is said where it is converted
+        return True
+
+
+def _kind(a: object) -> str:
     """The name of an array's type, such as "cupy.ndarray"."""
-    return f"{type(a).__module__.partition('.')[0]}.{type(a).__qualname__}".removeprefix("builtins.")
+    return f"{_family(a)}.{type(a).__qualname__}".removeprefix("builtins.")
 
 
 def _family(a: object) -> str:
-    return type(a).__module__.partition(".")[0].removesuffix("_cuda")
+    """The library that an array is of: "cupy", "torch", "numba", or where its type is from."""
+    roots = [base.__module__.partition(".")[0].removesuffix("_cuda") for base in type(a).__mro__]
+    return next((root for root in roots if root == "cupy" or root in _EXCHANGES), roots[0])
 
 
 def _face(a: Array) -> Array:
@@ -75,6 +86,7 @@ class Arrays:
                 )
 
     def __getitem__(self, name: str) -> Array | None:
+        """The array of that name, or None."""
         return self.arrays.get(name)
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -105,8 +117,8 @@ class Arrays:
     def running(self, axis: int, written: bool) -> tuple[Array | None, Array | None]:
         """Both running statistics or neither; checks as `checks.running`."""
         pair = mean, var = self["running_mean"], self["running_var"]
-        faces = [None if a is None else _face(a) for a in pair]
-        checks.running(*faces, _face(self.x), axis, False)
+        faces = tuple(None if a is None else _face(a) for a in pair)
+        checks.running(faces[0], faces[1], _face(self.x), axis, False)
         if written and mean is not None:
             for name in ("running_mean", "running_var"):
                 a = self.arrays[name]
@@ -124,12 +136,14 @@ class Arrays:
             checks.like(_face(self.arrays[name]), name, _face(self.x))
 
     def weight(self, axis: int) -> None:
-        """Check dtype and shape of sample_weight. Its values would have to be waited for."""
-        w, shape = self["sample_weight"], self.x.shape
+        """Check dtype and shape of sample_weight; its values would have to be waited for."""
+        w = self["sample_weight"]
         if w is None:
             return
-        # Zeros are allowed values, so the CPU's check of values passes; it looks at shape[0] of them at most, or at one.
-        checks.weights(_face(w), _face(self.x), axis) if w.size and w.shape in (shape[:1], shape[:axis] + shape[axis + 1 :]) else None
+        full = self.x.shape[:axis] + self.x.shape[axis + 1 :]
+        known = w.dtype.kind in "bfiu" or checks.dtype_name(w.dtype) is not None
+        if not known or w.shape not in (full, full[:1]):
+            checks.weights(_face(w), _face(self.x), axis)  # raises
 
     def output(self, may_be: str | None, others: tuple[str, ...]) -> None:
         """Check `out`, if given, as `checks.output` does; it may be the array named `may_be`, element for element."""
@@ -151,9 +165,9 @@ class Arrays:
 
 def _check_kind(name: str, a: Array, first: str, x: Array) -> None:
     """TypeError for an array of another kind than x's."""
-    if _family(a) == _family(x) and hasattr(type(a), "__cuda_array_interface__") == hasattr(type(x), "__cuda_array_interface__"):
+    if _family(a) == _family(x) and is_gpu_array(a) and is_gpu_array(x):
         return
-    kinds = f"{name} is a {kind_of(a)} and {first} is a {kind_of(x)} on a GPU"
+    kinds = f"{name} is a {_kind(a)} and {first} is a {_kind(x)} on a GPU"
     if isinstance(a, np.ndarray):
         raise TypeError(f"{kinds}; nothing is moved silently: pass cupy.asarray({name}), or {first} as NumPy, cupy.asnumpy({first})")
     raise TypeError(f"{kinds}; all arrays of a call are of one kind: pass {_CONVERT.format(name)}, and {first} likewise")
@@ -162,12 +176,12 @@ def _check_kind(name: str, a: Array, first: str, x: Array) -> None:
 def _namespace(name: str, x: Array) -> Any:
     """CuPy, in which outputs and workspace are made."""
     try:
-        return cuda_backend.kernels().arrays
+        return host.kernels().arrays
     except ImportError as error:
         if _family(x) == "cupy":
             raise
         raise TypeError(
-            f"{name} is a {kind_of(x)} on a GPU; fastbn takes NumPy arrays, and CuPy arrays on a GPU: pass {_CONVERT.format(name)}. "
+            f"{name} is a {_kind(x)} on a GPU; fastbn takes NumPy arrays, and CuPy arrays on a GPU: pass {_CONVERT.format(name)}. "
             f"Neither works yet: {error}"
         ) from error
 
@@ -177,7 +191,7 @@ def _exchange(xp: Any, given: dict[str, Array]) -> tuple[dict[str, Array], Calla
     first, x = next(iter(given.items()))
     known = _EXCHANGES.get(_family(x))
     if known is None:
-        raise TypeError(f"{first} is a {kind_of(x)} on a GPU, which fastbn cannot give back in kind: pass {_CONVERT.format(first)}")
+        raise TypeError(f"{first} is a {_kind(x)} on a GPU, which fastbn cannot give back in kind: pass {_CONVERT.format(first)}")
     to_cupy, module, back = known
     seen = {}
     for name, a in given.items():
@@ -185,7 +199,7 @@ def _exchange(xp: Any, given: dict[str, Array]) -> tuple[dict[str, Array], Calla
             seen[name] = getattr(xp, to_cupy)(a)
         except Exception as error:  # dtypes and layouts that CuPy does not have, tensors that require a gradient: each its own error
             raise TypeError(
-                f"{name}, a {kind_of(a)}, cannot be had as a CuPy array ({error}): pass {_CONVERT.format(name)}, of a tensor that "
+                f"{name}, a {_kind(a)}, cannot be had as a CuPy array ({error}): pass {_CONVERT.format(name)}, of a tensor that "
                 "requires no gradient, of float32, float64 or float16"
             ) from error
     way_back: Callable[[Array], Array] = getattr(importlib.import_module(module), back)
@@ -224,7 +238,8 @@ class _Addresses:
     """A range of GPU addresses, to be asked for overlaps only."""
 
     def __init__(self, a: Array) -> None:
-        self.__array_interface__ = {"version": 3, "shape": a.shape, "strides": a.strides, "typestr": f"|V{a.itemsize}", "data": (_address(a), True)}
+        data = {"typestr": f"|V{a.itemsize}", "data": (_address(a), True)}
+        self.__array_interface__ = {"version": 3, "shape": a.shape, "strides": a.strides, **data}
 
 
 def _overlap(a: Array, b: Array) -> bool:
@@ -281,7 +296,8 @@ class Layout:
                 return out, view, _no_more
         made = xp.empty(tuple(self.full[a] for a in self.order), np.uint16 if self.bits else dtype)
         if out is None:
-            return made.view(dtype).transpose(self.inverse), made, _no_more
+            y = made.view(dtype) if self.bits else made
+            return y.transpose(self.inverse), made, _no_more
 
         def finish() -> None:
             self._in_order(out)[...] = made

@@ -220,7 +220,7 @@ def bad_array(r, case):
         )
         case.arguments[name] = bad()
     sure = what in ("list", "masked array") or (name != "sample_weight" and what == "0-D")
-    sure = sure or (name not in ("x", "sample_weight") and what == "one axis more" and a.ndim)
+    sure = sure or (name not in ("x", "sample_weight", "residual", "out") and what == "one axis more" and a.ndim)
     case.change(name, what, "raises" if sure else "either")
 
 

@@ -214,6 +214,8 @@ def run(case):
                 raise AssertionError("raised, but must work") from error
             return type(error).__name__
         assert expected != "raises", "worked, but must raise"
+        # A float32 dgamma may be too small for a float64 dy of 1e90: NumPy warns of the infinity, as it does elsewhere.
+        caught = [w for w in caught if "overflow encountered in cast" not in str(w.message)]
         other = [w for w in caught if "running statistics" not in str(w.message)]
         assert not other, f"warned: {other[0].message}"
         try:

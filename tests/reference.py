@@ -79,7 +79,9 @@ def _centre(x, w, axis):
     """Weighted mean (C,), and x - mean. Shifted by a value of the channel, so that constant channels give exact zeros."""
     axes = other_axes(x.ndim, axis)
     counted = np.where(w > 0, x, 0)  # an element of weight zero has no say, even if it is NaN
-    first = np.moveaxis(counted, axis, 0).reshape(x.shape[axis], -1)[:, 0]
+    by_channel = (np.moveaxis(a, axis, 0).reshape(x.shape[axis], -1) for a in (counted, np.broadcast_to(w > 0, x.shape)))
+    values, positive = by_channel
+    first = values[np.arange(len(values)), positive.argmax(axis=1)]
     shift = per_channel(first, x.ndim, axis)
     offset = (w * np.where(w > 0, x - shift, 0)).sum(axis=axes) / w.sum(axis=axes)
     return first + offset, (x - shift) - per_channel(offset, x.ndim, axis)

@@ -209,12 +209,15 @@ def test_what_the_key_depends_on(monkeypatch):
 
 
 def test_sources_cover_every_kernel_file(tmp_path, monkeypatch):
-    for name in ("cache.py", "helper.py"):
+    (tmp_path / "simd").mkdir()
+    names = ("cache.py", "helper.py", "simd/helper.py")
+    for name in names:
         (tmp_path / name).write_text("a = 1\n")
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
-    before = cache.sources.__wrapped__()
-    (tmp_path / "helper.py").write_text("a = 2\n")
-    assert cache.sources.__wrapped__() != before
+    for name in names:
+        before = cache.sources.__wrapped__()
+        (tmp_path / name).write_text("a = 2\n")
+        assert cache.sources.__wrapped__() != before, f"an edit of {name} is not noticed"
 
 
 def test_off(tmp_path):

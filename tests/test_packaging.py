@@ -35,15 +35,24 @@ def test_unknown_names_are_attribute_errors():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the sources, so that no build folder is left in the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory):
+    """A source distribution built from a copy of the sources, so that no build folder is left in the checkout."""
+    folder = tmp_path_factory.mktemp("sdist")
     copy = folder / "source"
     copy.mkdir()
     for name in ("fastbn", "kernels", "pyproject.toml", "README.md", "LICENSE"):
         run("cp", "-R", str(ROOT / name), str(copy / name), cwd=folder)
+    run(sys.executable, "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})", cwd=copy)
+    (file,) = folder.glob("*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """A wheel built from the source distribution, as pip does where it finds no wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
     flags = ("--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check", "--wheel-dir", str(folder))
-    run(sys.executable, "-m", "pip", "wheel", *flags, str(copy), cwd=folder)
+    run(sys.executable, "-m", "pip", "wheel", *flags, str(sdist), cwd=folder)
     (file,) = folder.glob("*.whl")
     return file
 

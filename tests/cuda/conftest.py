@@ -6,16 +6,20 @@ tests that need no kernel are collected. Compiling for a real GPU (test_ptx.py) 
 
 import os
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for cupy_standin
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
     sys.setswitchinterval(1e-6)  # simulated threads wait for each other all the time: let them take turns often
 else:
-    collect_ignore = ["test_forward.py", "test_backward.py", "test_blocks.py", "test_host.py", "test_sample_weights.py"]
+    names = "forward backward blocks host sample_weights api api_errors".split()
+    collect_ignore = [f"test_{name}.py" for name in names]
 
 
 @pytest.fixture
@@ -33,6 +37,24 @@ def backend(monkeypatch):
         return cuda_backend
 
     return choose
+
+
+@pytest.fixture
+def cupy(backend, monkeypatch):
+    """A stand-in for CuPy, which the public functions take for it; blocks are small, as in `backend`."""
+    import cupy_standin
+
+    from fastbn import cuda_backend
+    from fastbn.kernels.cuda import host
+
+    backend(True)
+    module = cupy_standin.module()
+    known = replace(host.kernels(), arrays=module)
+    monkeypatch.setattr(host, "kernels", lambda: known)
+    monkeypatch.setattr(cuda_backend, "kernels", lambda: known)
+    monkeypatch.setattr(host, "_workspaces", {})
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
 
 
 def _bfloat16(values):

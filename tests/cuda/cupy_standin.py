@@ -1,0 +1,76 @@
+"""As much of CuPy as fastbn uses, over NumPy memory: for the simulator, whose kernels take NumPy arrays.
+
+Its arrays offer ``__cuda_array_interface__``, live on a device, and refuse to be mixed with NumPy's in arithmetic, as CuPy's do. It stands
+for CuPy's surface, not for CuPy: strides, flags and dtypes are NumPy's own.
+"""
+
+import contextlib
+import types
+from types import SimpleNamespace
+
+import numpy as np
+
+CURRENT = [0]  # the current device
+
+
+class ndarray(np.ndarray):  # noqa: N801  (CuPy's name)
+    """An array that says it is on a GPU."""
+
+    __module__ = "cupy"
+    device = None  # instead of NumPy's own attribute
+
+    def __array_finalize__(self, source):
+        self.device = source.device if isinstance(source, ndarray) else SimpleNamespace(id=CURRENT[0])
+
+    @property
+    def __cuda_array_interface__(self):
+        found = dict(super().__array_interface__)
+        return {**found, "version": 3, "strides": None if self.flags.c_contiguous else self.strides}
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        for a in (*inputs, *kwargs.get("out", ())):
+            if type(a) is np.ndarray and a.ndim:
+                raise TypeError(f"Unsupported type {type(a)}")
+        strip = lambda a: a.view(np.ndarray) if isinstance(a, ndarray) else a  # noqa: E731
+        if "out" in kwargs:
+            kwargs["out"] = tuple(map(strip, kwargs["out"]))
+        result = getattr(ufunc, method)(*map(strip, inputs), **kwargs)
+        return wrap(result)
+
+    def __setitem__(self, key, value):
+        if type(value) is np.ndarray and value.ndim:
+            raise TypeError(f"Unsupported type {type(value)}")
+        super().__setitem__(key, value)
+
+
+def wrap(result):
+    """A NumPy result as an array of the current device, scalars included: CuPy's reductions give arrays of no dimensions."""
+    return np.asarray(result).view(ndarray) if isinstance(result, (np.ndarray, np.generic)) else result
+
+
+def on_device(a, device=0):
+    """A NumPy array's memory, strides included, as an array of a device."""
+    with Device(device):
+        return a.view(ndarray)
+
+
+@contextlib.contextmanager
+def Device(index):  # noqa: N802  (CuPy's name)
+    """The device that arrays are made on."""
+    before, CURRENT[0] = CURRENT[0], index
+    try:
+        yield
+    finally:
+        CURRENT[0] = before
+
+
+def module():
+    """The module `cupy`."""
+    made = types.ModuleType("cupy")
+    names = "empty zeros ones asarray array empty_like zeros_like ones_like ascontiguousarray repeat stack sqrt array_equal"
+    for name in names.split():
+        setattr(made, name, lambda *args, _f=getattr(np, name), **kwargs: wrap(_f(*args, **kwargs)))
+    made.broadcast_to = lambda a, shape: np.broadcast_to(a, shape, subok=True)
+    made.ndarray, made.float64 = ndarray, np.float64
+    made.cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDevice=lambda: CURRENT[0]))
+    return made
