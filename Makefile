@@ -23,8 +23,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/lenet_digits.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda --numprocesses auto --dist worksteal
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench

@@ -65,7 +65,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fastbn' has no attribute {name!r}")
-    value = getattr(import_module(f"fastbn.{_HOME[name]}"), name)
+    from fastbn.threads import importing  # a fork waits for it: no child inherits half an import
+
+    with importing:
+        value = getattr(import_module(f"fastbn.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

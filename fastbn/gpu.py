@@ -147,6 +147,8 @@ def _alike(xp: Any, vectors: tuple[Array | None, ...]) -> tuple[Array | None, ..
 
 def backward(dy: Array, ctx: Context, out: Array | None) -> tuple[Array | None, ...]:
     """`fastbn.batch_norm_backward` on a GPU."""
+    if dy is None:
+        raise TypeError("dy is None; pass the gradient of y, an array of x's shape and dtype")
     a = Arrays(x=ctx.x, dy=dy, out=out)
     a.like_x("dy")
     a.output("dy", ("dy", "x"))

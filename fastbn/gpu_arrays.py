@@ -168,7 +168,7 @@ def _check_kind(name: str, a: Array, first: str, x: Array) -> None:
     if _family(a) == _family(x) and is_gpu_array(a) and is_gpu_array(x):
         return
     kinds = f"{name} is a {_kind(a)} and {first} is a {_kind(x)} on a GPU"
-    if isinstance(a, np.ndarray):
+    if isinstance(a, np.ndarray) and not is_gpu_array(a):
         raise TypeError(f"{kinds}; nothing is moved silently: pass cupy.asarray({name}), or {first} as NumPy, cupy.asnumpy({first})")
     raise TypeError(f"{kinds}; all arrays of a call are of one kind: pass {_CONVERT.format(name)}, and {first} likewise")
 

@@ -13,7 +13,7 @@ import numpy as np
 CURRENT = [0]  # the current device
 
 
-class ndarray(np.ndarray):  # noqa: N801  (CuPy's name)
+class ndarray(np.ndarray):
     """An array that says it is on a GPU."""
 
     __module__ = "cupy"
@@ -31,16 +31,18 @@ class ndarray(np.ndarray):  # noqa: N801  (CuPy's name)
         for a in (*inputs, *kwargs.get("out", ())):
             if type(a) is np.ndarray and a.ndim:
                 raise TypeError(f"Unsupported type {type(a)}")
-        strip = lambda a: a.view(np.ndarray) if isinstance(a, ndarray) else a  # noqa: E731
         if "out" in kwargs:
-            kwargs["out"] = tuple(map(strip, kwargs["out"]))
-        result = getattr(ufunc, method)(*map(strip, inputs), **kwargs)
-        return wrap(result)
+            kwargs["out"] = tuple(_plain(a) for a in kwargs["out"])
+        return wrap(getattr(ufunc, method)(*(_plain(a) for a in inputs), **kwargs))
 
     def __setitem__(self, key, value):
         if type(value) is np.ndarray and value.ndim:
             raise TypeError(f"Unsupported type {type(value)}")
         super().__setitem__(key, value)
+
+
+def _plain(a):
+    return a.view(np.ndarray) if isinstance(a, ndarray) else a
 
 
 def wrap(result):
@@ -55,7 +57,7 @@ def on_device(a, device=0):
 
 
 @contextlib.contextmanager
-def Device(index):  # noqa: N802  (CuPy's name)
+def Device(index):
     """The device that arrays are made on."""
     before, CURRENT[0] = CURRENT[0], index
     try:
@@ -64,12 +66,21 @@ def Device(index):  # noqa: N802  (CuPy's name)
         CURRENT[0] = before
 
 
+NAMES = (
+    *("empty", "zeros", "ones", "asarray", "array", "empty_like", "zeros_like", "ones_like", "ascontiguousarray"),
+    *("repeat", "stack", "sqrt", "array_equal"),
+)
+
+
+def _wrapped(function):
+    return lambda *arguments, **options: wrap(function(*arguments, **options))
+
+
 def module():
     """The module `cupy`."""
     made = types.ModuleType("cupy")
-    names = "empty zeros ones asarray array empty_like zeros_like ones_like ascontiguousarray repeat stack sqrt array_equal"
-    for name in names.split():
-        setattr(made, name, lambda *args, _f=getattr(np, name), **kwargs: wrap(_f(*args, **kwargs)))
+    for name in NAMES:
+        setattr(made, name, _wrapped(getattr(np, name)))
     made.broadcast_to = lambda a, shape: np.broadcast_to(a, shape, subok=True)
     made.ndarray, made.float64 = ndarray, np.float64
     made.cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDevice=lambda: CURRENT[0]))

@@ -1,5 +1,8 @@
 """What the public functions refuse of GPU arrays, on the simulator with a stand-in for CuPy; nothing is written before an error."""
 
+import sys
+from types import SimpleNamespace
+
 import inputs
 import numpy as np
 import pytest
@@ -84,7 +87,7 @@ def test_one_value_per_channel(cupy):
 
 def test_memory_that_arrays_share(cupy):
     room = np.zeros((2, *SHAPE), np.float32)
-    x, shifted = gpu(room[0]), gpu(room.reshape(-1)[60 : 60 + x_size()].reshape(SHAPE))
+    x, shifted = gpu(room[0]), gpu(room.reshape(-1)[60:420].reshape(SHAPE))
     with pytest.raises(ValueError, match="out overlaps x; they must not share memory"):
         fastbn.batch_norm_forward(x, out=x)
     with pytest.raises(ValueError, match="out overlaps x; out may be that array itself"):
@@ -100,10 +103,6 @@ def test_memory_that_arrays_share(cupy):
     assert pairs.all()
 
 
-def x_size():
-    return int(np.prod(SHAPE))
-
-
 def test_backward(cupy):
     _, ctx = fastbn.batch_norm_forward(gpu(inputs.normal(SHAPE)))
     out = gpu(np.full(SHAPE, 7, np.float32))
@@ -112,19 +111,11 @@ def test_backward(cupy):
         (gpu(X, 1), TypeError, "dy is on device 1"),
         (gpu(X[:2]), ValueError, "dy has shape"),
         (gpu(X.astype(float)), TypeError, "dy has dtype float64"),
-        (None, TypeError, "dy"),
+        (None, TypeError, "dy is None"),
     ]:
         with pytest.raises(error, match=words):
             fastbn.batch_norm_backward(dy, ctx, out=out)
     assert (out == 7).all()
-    _, on_the_cpu = fastbn.batch_norm_forward(X[:0])
-    with pytest.raises(TypeError, match=r"dy is a cupy\.ndarray"):
-        fastbn.batch_norm_backward(gpu(X[:0]), on_the_cpu)
-
-
-def test_gpu_parameters_of_a_numpy_array(cupy):
-    with pytest.raises(TypeError, match=r"gamma is a cupy\.ndarray"):
-        fastbn.batch_norm_forward(inputs.normal(SHAPE), gpu(FOUR))
 
 
 class Tensor:
@@ -143,8 +134,6 @@ class Tensor:
 @pytest.fixture
 def torch(cupy, monkeypatch):
     """A module named torch and CuPy's exchange with it."""
-    import sys
-    from types import SimpleNamespace
 
     def from_dlpack(tensor):
         if tensor.dtype == np.float16:
@@ -172,7 +161,9 @@ def test_arrays_of_others_are_given_back_in_kind(torch):
 
 def test_arrays_of_unknown_others_are_refused(cupy):
     class Other:
-        __cuda_array_interface__ = {"shape": SHAPE, "typestr": "<f4", "data": (0, False), "version": 3}
+        @property
+        def __cuda_array_interface__(self):
+            return {"shape": SHAPE, "typestr": "<f4", "data": (0, False), "version": 3}
 
     with pytest.raises(TypeError, match=r"x is a .*Other on a GPU.*cupy\.asarray\(x\), or cupy\.from_dlpack\(x\)"):
         fastbn.moments(Other())

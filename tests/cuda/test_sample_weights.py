@@ -5,7 +5,7 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SHAPES = [(3, 2, 60), (5, 2, 49), (4, 2, 300), (70, 8, 1), (33, 3, 1)]
+SHAPES = [(5, 2, 49), (4, 2, 300), (70, 8, 1), (33, 3, 1)]
 
 
 def reference(x, dy, w, gamma, beta, eps=1e-5):
