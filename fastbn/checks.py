@@ -121,24 +121,31 @@ def running(mean: Any, var: Any, x: Array, axis: int, written: bool) -> tuple[Ar
                 raise ValueError(f"{name} is read-only, but training updates it in place; pass a writable copy: {name}.copy()")
             if a.strides[0] == 0 and len(a) > 1:
                 raise ValueError(f"{name} has stride 0: its elements share one address; pass {name}.copy()")
-        if np.may_share_memory(mean, var) and overlap(mean, var):
+        if _may_overlap(mean, var) and overlap(mean, var):
             raise ValueError("running_mean and running_var share memory, but each is updated in place; pass two arrays")
     return mean, var
 
 
-def apart(written: tuple[tuple[str, Array | None], ...], read: tuple[tuple[str, Array | None], ...]) -> None:
-    """Check that what is updated in place shares no memory with what is only read.
+def apart(mean: Array, var: Array, read: tuple[tuple[str, Array | None], ...]) -> None:
+    """Check that the running statistics, which are updated in place, share no memory with what is only read.
 
     Raises
     ------
     ValueError
     """
-    for name, a in written:
-        for other, b in read:
-            if a is None or b is None or (a.base is None and b.base is None and a is not b):
-                continue  # two arrays that own their memory: told in a tenth of the time of may_share_memory
-            if np.may_share_memory(a, b) and overlap(a, b):
-                raise ValueError(f"{name} shares memory with {other}, but training updates it in place; pass {name}.copy()")
+    for name, a in read:
+        if a is None:
+            continue
+        for ours, statistic in (("running_mean", mean), ("running_var", var)):
+            if _may_overlap(statistic, a) and overlap(statistic, a):
+                raise ValueError(f"{ours} shares memory with {name}, but training updates it in place; pass {ours}.copy()")
+
+
+def _may_overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays' memory may overlap. Two that own theirs are told apart in a tenth of the time of may_share_memory."""
+    if a.base is None and b.base is None:
+        return a is b
+    return np.may_share_memory(a, b)
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -262,6 +269,8 @@ def eps(value: Any) -> float:
     ------
     TypeError, ValueError
     """
+    if type(value) is float and 0.0 < value < math.inf:
+        return value
     e = number(value, "eps")
     if not 0.0 < e < math.inf:
         raise ValueError(f"eps is {e}; it must be greater than 0 and finite, such as 1e-5")
@@ -275,6 +284,8 @@ def momentum(value: Any) -> float:
     ------
     TypeError, ValueError
     """
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return value
     m = number(value, "momentum")
     if not 0.0 <= m <= 1.0:
         raise ValueError(

@@ -65,7 +65,7 @@ TABLE: Mapping[tuple[str, str, str], tuple[str, ...]] = {
 }
 
 # What a group of channels may fill of the L2 cache, all tensors together: 1 MiB a core, half of it for the group behind.
-CACHE = 400 << 10
+CACHE = 300 << 10
 # Values whose moments are summed before they are merged. It bounds how far a naive sum can drift, and costs one merge in 65,536.
 BLOCK = 1 << 16
 # A channel larger than the last-level cache is read twice from memory whichever way; sweeps keep all threads on it.

@@ -116,9 +116,9 @@ def batch_norm_forward(
     if out is not None:
         named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
         out = checks.output(out, x, None, (*named, ("sample_weight", weight)))
-    if training and mean is not None:
+    if training and mean is not None and var is not None:
         read = (("x", x), ("gamma", gamma_), ("beta", beta_), ("residual", residual), ("sample_weight", weight))
-        checks.apart((("running_mean", mean), ("running_var", var)), read)
+        checks.apart(mean, var, read)
     if not training and mean is None:
         raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
 

@@ -31,10 +31,12 @@ from fastbn.kernels.simd import (
     moved,
     prefetch,
     provided,
+    put,
     row,
     row_stride,
     splat,
     store,
+    store_some,
     sum_lanes,
     vectors,
 )
@@ -73,24 +75,33 @@ def spread(p, j, value, S):
 @inline
 def expand(p, values, channels, S, width):
     """p[j] = values[channel of column j]."""
-    for start in range(0, width, channels * S):
-        for c in range(channels):
-            spread(p, start + c * S, get(values, c), S)
+    if S == 1:  # whole vectors at a time: at (64, 128) one by one took half of the call's time in kernels
+        for start in range(0, width, channels):
+            for c in range(0, channels, LANES):
+                store(p, start + c, load_some(values, c, min(channels - c, LANES)))
+    else:
+        for start in range(0, width, channels * S):
+            for c in range(channels):
+                spread(p, start + c * S, get(values, c), S)
 
 
 @inline
-def collapse(p, channel, channels, S, width):
-    """The sum of p[j] over the columns of a channel, in an order that depends on the shape alone."""
+def collapse(p, channels, S, width):
+    """p[c] = sum of p[j] over the columns of channel c, in an order that depends on the shape alone."""
     if S == 1:
-        total = 0.0
-        for j in range(channel, width, channels):
-            total += get(p, j)
-        return total
-    sums = splat(0.0)
-    for start in range(channel * S, width, channels * S):
-        for s in range(0, S, LANES):
-            sums += load_some(p, start + s, min(S - s, LANES))
-    return sum_lanes(sums)
+        for c in range(0, channels, LANES):
+            n = min(channels - c, LANES)
+            sums = load_some(p, c, n)
+            for start in range(channels, width, channels):
+                sums += load_some(p, start + c, n)
+            store_some(p, c, sums, n)
+    else:
+        for c in range(channels):
+            sums = splat(0.0)
+            for start in range(c * S, width, channels * S):
+                for s in range(0, S, LANES):
+                    sums += load_some(p, start + s, min(S - s, LANES))
+            put(p, c, sum_lanes(sums))  # column c was read before, or is column c of this channel
 
 
 @inline
@@ -170,14 +181,14 @@ def total_weight(weight, first, last, S):
 def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold, scratch, partial, block):
     """Moments of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
     c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    for c in range(c0, c0 + channels):
-        partial[c, block, 3] = shift_of_channel(x, c, points)
-    shifts = vectors(scratch, SHIFT_ROW)
-    for start in range(0, width, channels * S):
-        for c in range(channels):
-            spread(shifts, start + c * S, partial[c0 + c, block, 3], S)
-    clear(vectors(scratch, SUM_ROW), width)
-    clear(vectors(scratch, SQUARE_ROW), width)
+    shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
+    for c in range(channels):
+        shift = shift_of_channel(x, c0 + c, points)
+        partial[c0 + c, block, 3] = shift
+        put(sums, c, shift)
+    expand(shifts, sums, channels, S, width)
+    clear(sums, width)
+    clear(squares, width)
     lead = rows_ahead(x, width)
     r, end = first, last + (rest > 0)
     while r < end:
@@ -185,10 +196,10 @@ def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold,
         gather_tile(x, weight, r, stop, column, rest if r == last else width, S, scratch, lead)
         r = stop
     count = float((last - first) * S * fold + rest // C) if weight is None else total_weight(weight, first, last, S)
+    collapse(sums, channels, S, width)
+    collapse(squares, channels, S, width)
     for c in range(channels):
-        s = collapse(vectors(scratch, SUM_ROW), c, channels, S, width)
-        q = collapse(vectors(scratch, SQUARE_ROW), c, channels, S, width)
-        n, d, m2 = moments_of_sums(s, q, count)
+        n, d, m2 = moments_of_sums(get(sums, c), get(squares, c), count)
         partial[c0 + c, block, 0], partial[c0 + c, block, 1], partial[c0 + c, block, 2] = n, d, m2
 
 

@@ -22,6 +22,7 @@ from fastbn.kernels.simd import (
     LANES,
     centre,
     fence,
+    get,
     keep,
     lanes_to_boundary,
     load,
@@ -91,9 +92,11 @@ def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fol
         stop = next_tile(r, last)
         reduce_tile(x, dy, weight, mask, r, stop, column, rest if r == last else width, scratch, lead)
         r = stop
+    collapse(vectors(scratch, DY_ROW), channels, S, width)
+    collapse(vectors(scratch, DY_XMU_ROW), channels, S, width)
     for c in range(channels):
-        partial[c0 + c, block, 0] = collapse(vectors(scratch, DY_ROW), c, channels, S, width)
-        partial[c0 + c, block, 1] = collapse(vectors(scratch, DY_XMU_ROW), c, channels, S, width)
+        partial[c0 + c, block, 0] = get(vectors(scratch, DY_ROW), c)
+        partial[c0 + c, block, 1] = get(vectors(scratch, DY_XMU_ROW), c)
 
 
 def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scratch, thread, first, last, group, rows_a_block):
