@@ -72,7 +72,7 @@ BLOCK = 1 << 16
 LARGEST_CHANNEL = 16 << 20
 # Fewer channels than this do not feed the threads of a common machine one by one.
 FEW_CHANNELS = 8
-# Below this many values the threads' wake-up (20 to 40 us) costs more than it saves.
+# Below this many values the threads' wake-up costs more than it saves.
 PARALLEL_FROM = 1 << 18
 # Bytes one kernel call may cross: about 10 ms, so that Ctrl-C is noticed.
 PIECE = 32 << 20

@@ -25,7 +25,7 @@ from functools import cached_property, lru_cache
 from math import gcd, prod
 
 LANES = 16
-# Shorter planes are columns: at 14 x 14, a row-wise sweep takes 0.7 of the time of the plane-wise one.
+# Shorter planes are columns: the forward of 32x1024x14x14 takes 1.3 times a streaming copy's time row-wise, 1.7 plane-wise.
 SHORT = 256
 # Narrower matrices are folded until they have this many columns, so that a tile is long enough to stream.
 NARROW = 256

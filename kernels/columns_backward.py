@@ -82,7 +82,7 @@ def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch, lead):
 def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fold, table, scratch, partial, block):
     """Both sums of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
     c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    for k in range(2):  # MEAN, LOW
+    for k in range(min(2, table.shape[0])):  # MEAN, LOW
         expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
     clear(vectors(scratch, DY_ROW), width)
     clear(vectors(scratch, DY_XMU_ROW), width)
@@ -115,9 +115,9 @@ def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scr
 
 @inline
 def expand_coefficients(table, grads, scratch, first, channels, S, width):
-    for k in range(2):  # MEAN, LOW
+    for k in range(min(2, table.shape[0])):  # MEAN, LOW
         expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
-    for k in range(3):  # COEF_A, COEF_B, COEF_C
+    for k in range(min(3, grads.shape[0])):  # COEF_A, COEF_B, COEF_C
         expand(vectors(scratch, A_ROW + k), moved(vectors(grads, COEF_A + k), first), channels, S, width)
 
 

@@ -1,13 +1,13 @@
 """Forward kernels for planes: channels first, each (n, c) a contiguous run of S values. Twin: kernels/cuda/planes.py.
 
-Versions, 32x64x112x112 float32 training forward on 2 threads of an AVX-512 machine, as a multiple of a streaming copy's time:
+Versions:
 
 1. statistics sweep, then normalising sweep over the whole tensor: reads x twice from memory, and y before writing it;
-2. channel by channel: a channel fits L2, so the second sweep reads the cache;
-3. streaming stores: y is no longer read before it is written;
-4. `forward_planes`, the fused sweep: one loop normalises channel c out of the cache and gathers the moments of a channel ahead
+2. channel by channel: a channel fits L2, so the second sweep reads the cache; streaming stores: y is not read before it is written;
+3. `forward_planes`, the fused sweep: one loop normalises channel c out of the cache and gathers the moments of a channel ahead
    from memory, so that reads and streaming writes overlap as in a copy;
-5. groups of channels, so that short planes form runs long enough for the hardware prefetcher.
+4. groups of channels, so that short planes form longer runs, and software prefetch across the ends of runs. 32x256x56x56 float32
+   on 2 threads of an AVX-512 machine: from 3.1 times a streaming copy's time to 1.3.
 
 A tensor is a tuple (pointer, stride of n, stride of c), in elements. A `table` row holds one float64 per channel. Optional
 arguments are None or present, and Numba compiles one variant for each choice: no branch is left in the loops.

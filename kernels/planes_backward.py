@@ -4,7 +4,7 @@ With g = dy where the ReLU passed and 0 elsewhere, a channel needs two sums, of 
 
     dx = A * g + B * (x - mean) + C,   dresidual = g.
 
-Versions, 32x64x112x112 float32 on 2 threads of an AVX-512 machine, as a multiple of a streaming dx = x + dy:
+Versions, in passes over memory (the floor is three):
 
 1. two sweeps over the whole tensors: five passes over memory, six with ordinary stores;
 2. channel by channel, so that the second sweep reads the cache, with streaming stores: three;

@@ -21,7 +21,7 @@ registers and `store` rounds once on the way out, so a kernel is written once fo
 
 A tensor is a tuple (pointer, stride, stride); optional ones are None, and so is whatever is loaded from None.
 
-Why like this, measured on a 2-core AVX-512 machine (32x64x56x56 float32 training forward):
+Why like this:
 
 - LLVM vectors as a Numba type instead of auto-vectorised loops: a loop with two accumulators and a store does not vectorise
   reliably without broad fastmath, and a loop with a non-temporal store never does.
