@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def measure(folder: Path, quick: bool) -> None:
         print(f"== {' '.join(step)}", file=sys.stderr, flush=True)
         script = Path(__file__).parent / step[0]
         quick_flags = ["--quick", *(["--rounds", "5"] if step[0] in ("paired.py", "scaling.py") else [])] if quick else []
-        command = [sys.executable, str(script), *step[1:], *quick_flags, "--save", str(folder)]
+        command = [sys.executable, str(script), *step[1:], *quick_flags, "--save", os.path.relpath(folder)]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{' '.join(step)} failed; nothing was written to README.md")
         print(f"   {time.perf_counter() - begin:.0f} s\n", file=sys.stderr, flush=True)
