@@ -90,7 +90,7 @@ def batch_norm_forward(
     References
     ----------
     S. Ioffe and C. Szegedy (2015), "Batch Normalization", arXiv:1502.03167, algorithm 1.
-    T. F. Chan, G. H. Golub and R. J. LeVeque (1983), "Algorithms for Computing the Sample Variance", eq. 1.5.
+    T. F. Chan, G. H. Golub and R. J. LeVeque (1983), "Algorithms for Computing the Sample Variance", eq. 2.1.
 
     Examples
     --------

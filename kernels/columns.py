@@ -53,8 +53,6 @@ AHEAD = 4096
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
 MEAN_ROW, LOW_ROW, SCALE_ROW, BIAS_ROW = range(4)
 WEIGHT_ROWS = 4  # and TILE - 1 behind it: the weights of a tile's rows, by column
-SCRATCH_ROWS = WEIGHT_ROWS
-WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
 
 
 @inline

@@ -6,7 +6,6 @@ sweep everything once each; `backward_columns` takes short planes strip by strip
 
 from fastbn.kernels.channels import COEF_A, MEAN, finish_blocks_backward
 from fastbn.kernels.columns import (
-    TILE,
     clear,
     collapse,
     expand,
@@ -40,8 +39,6 @@ from fastbn.kernels.variants import inline
 MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)
 A_ROW, B_ROW, C_ROW = range(2, 5)
 WEIGHT_ROWS = 5
-SCRATCH_ROWS = WEIGHT_ROWS
-WEIGHTED_SCRATCH_ROWS = WEIGHT_ROWS + TILE
 
 # ------------------------------------------------------------------------------------------------------------------ sums
 

@@ -4,14 +4,14 @@ They take and return Python, Numba CPU or CUDA scalars and know nothing of array
 
 References
 ----------
-Chan, Golub and LeVeque (1983), "Algorithms for Computing the Sample Variance", The American Statistician 37(3), eq. 1.5.
+Chan, Golub and LeVeque (1983), "Algorithms for Computing the Sample Variance", The American Statistician 37(3), eq. 2.1.
 Ioffe and Szegedy (2015), "Batch Normalization", arXiv:1502.03167: algorithm 1 and the gradients below it.
 Knuth (1969), TAOCP 2, section 4.2.2, theorem B (the error of a floating-point sum).
 """
 
 
 def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
-    """Count, mean and sum of squared deviations of two samples together (Chan et al. 1983, eq. 1.5). Not both may be empty."""
+    """Count, mean and sum of squared deviations of two samples together (Chan et al. 1983, eq. 2.1). Not both may be empty."""
     n = n_a + n_b
     delta = mean_b - mean_a
     share = n_b / n

@@ -12,8 +12,8 @@ Versions:
 A tensor is a tuple (pointer, stride of n, stride of c), in elements. A `table` row holds one float64 per channel. Optional
 arguments are None or present, and Numba compiles one variant for each choice: no branch is left in the loops.
 
-Moments are gathered around a shift K that is a value of the channel, so that nothing cancels, in float64; a block of a few
-hundred thousand values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983).
+Moments are gathered around a shift K that is a value of the channel, so that nothing cancels, in float64; a block of about 65,000
+values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983).
 """
 
 from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel
