@@ -22,6 +22,7 @@ from typing import Any
 
 from fastbn.layout import LANES, Plan
 from fastbn.threads import get_num_threads, importing, parallel
+from fastbn.uninterrupted import uninterrupted
 
 Job = dict[str, Any]
 
@@ -156,12 +157,16 @@ def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict
 @lru_cache(maxsize=1024)
 def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[..., int], tuple[str, ...]]:
     """Machine code of a kernel's variant, and the names of its arguments."""
-    with importing:  # not inherited half done by a forked child
-        from fastbn.kernels.variants import compiled
 
-        function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
-    names = tuple(inspect.signature(function).parameters)
-    return compiled(function, dtype, tuple(a for a in present if a in names)), names  # type: ignore[no-untyped-call]
+    def compile_() -> tuple[Callable[..., int], tuple[str, ...]]:
+        with importing:  # not inherited half done by a forked child
+            from fastbn.kernels.variants import compiled
+
+            function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
+        names = tuple(inspect.signature(function).parameters)
+        return compiled(function, dtype, tuple(a for a in present if a in names)), names  # type: ignore[no-untyped-call]
+
+    return uninterrupted(compile_)
 
 
 @dataclass(frozen=True)

@@ -128,29 +128,84 @@ print(interrupts >= 5, problems, out.tobytes() == y.tobytes(), fastbn.batch_norm
     assert out == "True [] True True\n"
 
 
-@ALARM
-def test_in_the_compiler():
-    """Ctrl-C every 60 ms while kernels compile; then the same call works. With no cache, so that there is something to compile."""
-    code = """
-import signal, sys
+# A first call in a fresh interpreter, with no cache: Ctrl-C at 60 moments of importing Numba and compiling.
+COMPILING = """
+import signal
 import subprocesses, fastbn
-import fastbn.kernels.planes, fastbn.kernels.planes_backward, fastbn.kernels.channels
+from fastbn import dispatch
+{change}
 interrupts = 0
-if sys.argv[1:] != ["calm"]:
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    for k in range(6):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.06 * (k + 1))
-            subprocesses.digest("planes")
-        except KeyboardInterrupt:
-            interrupts += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for k in range(60):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02 + 0.003 * (k % 13))
+        subprocesses.digest("planes")
+        break
+    except KeyboardInterrupt:
+        interrupts += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 print(interrupts, subprocesses.digest("planes"))
 """
-    interrupts, digest = subprocesses.run(code, env={"FASTBN_CACHE": "0"}, timeout=120).split()
+
+
+@ALARM
+def test_in_the_compiler():
+    """Kernels load on while calls are interrupted; then the same call works. Numba itself, interrupted, fails for good."""
+    interrupts, digest = subprocesses.run(COMPILING.format(change=""), env={"FASTBN_CACHE": "0"}, timeout=120).split()
     assert int(interrupts) >= 3
     assert digest == subprocesses.digest("planes")
+
+
+@ALARM
+def test_an_interrupt_ends_the_wait_for_the_compiler():
+    """At once, though the compiler takes longer; the work is done all the same, once, and an error of it is raised where it was asked."""
+    out = subprocesses.run("""
+import signal, time
+from fastbn.uninterrupted import uninterrupted
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+done = []
+
+def work():
+    time.sleep(1.0)
+    done.append(1)
+
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+start = time.perf_counter()
+try:
+    uninterrupted(work)
+except KeyboardInterrupt:
+    print(time.perf_counter() - start < 0.8, done)
+time.sleep(1.2)
+print(done, uninterrupted(lambda: "result"))
+try:
+    uninterrupted(lambda: 1 // 0)
+except ZeroDivisionError:
+    print("raised")
+""")
+    assert out.split() == ["True", "[]", "[1]", "result", "raised"]
+
+
+def test_a_thread_that_others_may_wait_for_compiles_itself(tmp_path):
+    """As a `__del__` does while Numba compiles or is imported: another thread would wait for this one's lock, and this one for that."""
+    out = subprocesses.run("""
+import sys, threading
+from numba.core.compiler_lock import global_compiler_lock
+from fastbn.uninterrupted import uninterrupted
+
+def work():
+    with global_compiler_lock:
+        return threading.current_thread() is threading.main_thread()
+
+print(uninterrupted(work))
+with global_compiler_lock:
+    print(uninterrupted(work))
+with open("imported.py", "w") as file:
+    file.write("import __main__; print(__main__.uninterrupted(__main__.work))")
+sys.path.insert(0, "")
+import imported
+""", cwd=tmp_path)
+    assert out.split() == ["False", "True", "True"]
 
 
 def training_arguments():
