@@ -21,7 +21,7 @@ Array = NDArray[Any]
 Tensor = tuple[Array, int, int]
 
 # Rows of the tables, as in kernels/channels.py, which is not imported before it is needed: it imports Numba.
-GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA = range(7)
+GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, FITS = range(8)
 SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
 
 # Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.
@@ -226,10 +226,10 @@ def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None) -> Job:
 
 
 def _present(
-    residual: object, weights: object, mask: object, relu: bool, dresidual: object = None, frozen: bool = False
+    residual: object, weights: object, mask: object, relu: bool, dresidual: object = None, frozen: bool = False, wide: bool = False
 ) -> tuple[str, ...]:
     """Names of the optional arguments that are there: they choose the kernel's variant."""
-    if residual is weights is mask is dresidual is None and not relu and not frozen:
+    if residual is weights is mask is dresidual is None and not relu and not frozen and not wide:
         return ()
     given = {
         "residual": residual is not None,
@@ -238,12 +238,18 @@ def _present(
         "relu": relu,
         "dresidual": dresidual is not None,
         "frozen": frozen,
+        "wide": wide,
     }
     return tuple(name for name, there in given.items() if there)
 
 
+def wide_lanes(dtype: str, residual: object) -> bool:
+    """Whether y needs float64 lanes: for float64, and for the sum with a residual, which may cancel."""
+    return dtype == "float64" or residual is not None
+
+
 def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
-    table = np.empty((7, C))
+    table = np.empty((8, C))
     table[GAMMA] = 1.0 if gamma is None else gamma
     table[BETA] = 0.0 if beta is None else beta
     return table
@@ -281,7 +287,9 @@ def normalise(
         points=_points(p, x_tensor, weights),
         streamed=_streamed(y_tensor, f, with_mask),
     )
-    present = _present(residual, weights, mask, relu)
+    wide = wide_lanes(f.dtype, residual)
+    job["wide"] = True if wide else None
+    present = _present(residual, weights, mask, relu, wide=wide)
     if given:
         dispatch.run("inference", p, s, "sweeps", f.dtype, present, job, threads)
     else:

@@ -120,10 +120,10 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     arguments = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows}
     scratch = weighted = (group, 4 * LANES)
     if p.family == "columns":
-        # 5 rows of constants and accumulators by column, and the weights of a tile of 8 rows; a vector more than the width, as
+        # 6 rows of constants and accumulators by column, and the weights of a tile of 8 rows; a vector more than the width, as
         # whole vectors are written.
         width = -(-group * p.S * p.fold // LANES) * LANES + LANES
-        scratch, weighted = (5, width), (13 if p.S > 1 else 5, width)
+        scratch, weighted = (6, width), (14 if p.S > 1 else 6, width)
     return Schedule(road, group, blocks, rows, tasks, arguments, (p.C, blocks, 4), scratch, weighted)
 
 
@@ -139,7 +139,7 @@ def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict
         tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
         return "channels" if fused else "sweeps", group, blocks, planes, tasks
     if p.S == 1 or p.fold > 1:
-        group = p.C if p.fold > 1 else min(p.C, 1024)
+        group = p.C if p.fold > 1 else min(p.C, 512)
         strips = -(-p.C // group)
         rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 18))), -(-512 // (p.fold * p.S)))
         blocks = max(1, -(-p.rows // rows))
@@ -203,31 +203,39 @@ def call(name: str, dtype: str, job: Job) -> int:
 
 
 def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tuple[str, ...], job: Job, threads: int) -> None:
-    """Run the steps of an operation over a job that holds every argument by name."""
-    job["thread"] = job["first"] = 0
+    """Run the steps of an operation over a job that holds every argument by name.
+
+    Channels that do not fit float32 lanes (kernels/formulas.py says which) are normalised once more, in float64 lanes.
+    """
+    unfit = 0
     for this in program(operation, p.family, road, dtype, present):
-        job["last"] = tasks = s.tasks[this.split] if this.split else 0
-        arguments = this.arguments(job)
-        if this.split is None or (threads == 1 and job["pieces"] == 1):
-            this.kernel(*arguments)
-            continue
-        piece = max(1, tasks // job["pieces"])
-        if this.split == "channels":  # whole groups
-            piece = -(-piece // s.group) * s.group
-        parallel(_over_ranges(this, list(arguments)), tasks, piece, threads)
+        unfit += _run(this, s, job, threads)
+    if unfit and job.get("wide", True) is None:
+        job["wide"] = False
+        _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)
 
 
-def _over_ranges(this: Step, arguments: list[Any]) -> Callable[[int, int, int], object]:
-    """The step as a function of (thread, first, last)."""
+def _run(this: Step, s: Schedule, job: Job, threads: int) -> int:
+    """Run one step; the sum of what its kernel returns, which is how many channels do not fit, or nothing."""
+    job["thread"] = job["first"] = 0
+    job["last"] = tasks = s.tasks[this.split] if this.split else 0
+    arguments = this.arguments(job)
+    if this.split is None or (threads == 1 and job["pieces"] == 1):
+        return this.kernel(*arguments) or 0
+    piece = max(1, tasks // job["pieces"])
+    if this.split == "channels":  # whole groups
+        piece = -(-piece // s.group) * s.group
+    found = [0] * threads
 
     def work(thread: int, first: int, last: int) -> None:
-        mine = arguments.copy()
+        mine = list(arguments)
         if this.thread is not None:
             mine[this.thread] = thread
         mine[this.first], mine[this.first + 1] = first, last
-        this.kernel(*mine)
+        found[thread] += this.kernel(*mine) or 0
 
-    return work
+    parallel(work, tasks, piece, threads)
+    return sum(found)
 
 
 def threads_for(elements: int) -> int:

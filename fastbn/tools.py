@@ -238,7 +238,7 @@ def warmup(
 
     before = len(variants._compiled)
     for dtype in dtypes:
-        for operation, present, frozen in _calls(features):
+        for operation, present, frozen in _calls(features, dtype):
             for of, family, road in TABLE:
                 if of == operation and family in families and (road == "sweeps" or not frozen):
                     dispatch.program(operation, family, road, dtype, present)
@@ -264,19 +264,20 @@ def _families(ndims: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(sorted(families))
 
 
-def _calls(features: tuple[str, ...]) -> set[tuple[str, tuple[str, ...], bool]]:
+def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, ...], bool]]:
     """(operation, its optional arguments, frozen) of every call with any of the features; as cpu.py makes them."""
     found = set()
     for chosen in chain.from_iterable(combinations(features, n) for n in range(len(features) + 1)):
         relu = "relu" in chosen
         mask, residual, weights = (True if name in chosen else None for name in FEATURES)
+        wide = cpu.wide_lanes(dtype, residual)
         found |= {
-            ("forward", cpu._present(residual, weights, mask, relu), False),
+            ("forward", cpu._present(residual, weights, mask, relu, wide=wide), False),
             ("moments", cpu._present(None, weights, None, False), False),
-            ("inference", cpu._present(residual, None, None, relu), False),
+            ("inference", cpu._present(residual, None, None, relu, wide=wide), False),
             ("backward", cpu._present(None, weights, mask, False, residual), False),
             # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
-            ("inference", cpu._present(residual, None, mask, relu), False),
+            ("inference", cpu._present(residual, None, mask, relu, wide=wide), False),
             ("backward", cpu._present(None, None, mask, False, residual, True), True),
         }
     return found

@@ -8,43 +8,99 @@ wait ends with KeyboardInterrupt at once, the work goes on to its end, and the n
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import sys
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
-from typing import TypeVar
+from mmap import mmap
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+# Address space that compiling may take; a kernel takes about 40 MB. LLVM ends the process when it finds none.
+MEMORY = 128 << 20
+# Seconds in which a new thread begins, or the caller does the work: without memory for its first call, a thread ends unheard.
+PATIENCE = 1.0
+
+
+class _Work:
+    """A piece of work that whoever claims it first does, and what came of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work = work
+        self.owner: dict[str, str] = {}
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def claim(self, who: str) -> bool:
+        return self.owner.setdefault("owner", who) == who
+
+    def run(self) -> None:
+        """What the thread does."""
+        if self.claim("thread"):
+            try:
+                self.result = self.work()
+            except BaseException as error:  # raised again in the main thread
+                self.error = error
+            finally:
+                _running.pop(self, None)
+                self.done.release()
+
+
+# What threads are at. At exit the interpreter waits for them, rather than unload LLVM under their feet. (`threading.Thread` would be
+# waited for by itself, but its `start` never returns where memory is too short for the thread to begin.)
+_running: dict[_Work, None] = {}
+
+
+def _wait_for_threads() -> None:
+    for work in list(_running):
+        if not work.claim("nobody"):
+            work.done.acquire()
+
+
+atexit.register(_wait_for_threads)
 
 
 def uninterrupted(work: Callable[[], Result]) -> Result:
     """What work() returns or raises; it runs to its end though a signal handler raise in the main thread meanwhile.
 
     It runs in the calling thread where no signals come (any but the main one), where another thread could wait for this one for
-    ever (`_others_may_wait`), and where no thread can be started any more (atexit).
+    ever (`_others_may_wait`), and where no thread begins (no memory, or the interpreter ends).
+
+    Raises
+    ------
+    MemoryError
+        There is too little for a compiler.
     """
+    try:
+        mmap(-1, MEMORY).close()
+    except OSError:
+        text = f"there are no {MEMORY >> 20} MB of memory to compile a kernel; free some, or call fastbn.warmup earlier"
+        raise MemoryError(text) from None
     if threading.current_thread() is not threading.main_thread() or _others_may_wait():
         return work()
-    answers: SimpleQueue[tuple[list[Result], BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put(([work()], None))
-        except BaseException as error:  # raised again in the main thread
-            answers.put(([], error))
-
+    task = _Work(work)
+    _running[task] = None
     try:
-        # Not a daemon: at exit the interpreter waits for it, rather than unload LLVM under its feet.
-        threading.Thread(target=run, name="fastbn-compiler").start()
+        _thread.start_new_thread(task.run, ())
     except RuntimeError:
+        _running.pop(task, None)
         return work()
-    results, error = answers.get()
+    if not task.done.acquire(timeout=PATIENCE):
+        if task.claim("caller"):
+            _running.pop(task, None)
+            return work()
+        task.done.acquire()
+    error, task.error = task.error, None
     if error is not None:
         try:
             raise error
         finally:
-            del error  # or the frame and the error would keep each other alive
-    return results[0]
+            del error  # or the frame and the error would keep each other, and what they hold, alive
+    return task.result  # type: ignore[no-any-return]
 
 
 def _others_may_wait() -> bool:

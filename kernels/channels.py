@@ -10,9 +10,9 @@ from fastbn.kernels import formulas
 from fastbn.kernels.simd import get, moved, put
 from fastbn.kernels.variants import inline
 
-# Rows of the forward's table; MEAN to BETA are what normalising reads.
-GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA = range(7)
-TABLE_ROWS = 7
+# Rows of the forward's table; MEAN to BETA are what normalising reads, FITS says in which lanes.
+GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, FITS = range(8)
+TABLE_ROWS = 8
 # Rows of the backward's table: the two sums over a channel, and dx = A * dy + B * (x - mean) + C.
 SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
 BACKWARD_ROWS = 5
@@ -21,6 +21,7 @@ merge = inline(formulas.merge)
 exact_sum = inline(formulas.exact_sum)
 backward_coefficients = inline(formulas.backward_coefficients)
 running_average = inline(formulas.running_average)
+fits_float32 = inline(formulas.fits_float32)
 
 
 @inline
@@ -44,14 +45,34 @@ def moments_of_sums(s, q, count):
 
 
 @inline
+def finish_scale(table, c, eps):
+    """1/std and scale of a channel, and whether float32 lanes can normalise it. 1 if not, 0 if so."""
+    table[INVSTD, c] = 1.0 / math.sqrt(table[VAR, c] + eps)
+    table[SCALE, c] = table[GAMMA, c] * table[INVSTD, c]
+    fits = fits_float32(table[MEAN, c], table[SCALE, c], table[BETA, c])
+    table[FITS, c] = 1.0 if fits else 0.0
+    return 0 if fits else 1
+
+
+@inline
 def finish_channel(table, c, shift, count, average, m2, eps):
-    """Mean as two words, variance, 1/std and scale of a channel, from its moments around the shift."""
+    """Mean as two words, variance, 1/std and scale of a channel, from its moments around the shift; see `finish_scale`."""
     mean, low = exact_sum(shift, average)
     table[MEAN, c] = mean
     table[LOW, c] = low
     table[VAR, c] = m2 / count
-    table[INVSTD, c] = 1.0 / math.sqrt(table[VAR, c] + eps)
-    table[SCALE, c] = table[GAMMA, c] * table[INVSTD, c]
+    return finish_scale(table, c, eps)
+
+
+@inline
+def takes(table, c, wide):
+    """Whether a kernel is to normalise channel c.
+
+    In float32 lanes (`wide` is None) it takes those that fit, in float64 lanes all of them or, as a second run, the others.
+    """
+    if wide is None:
+        return table[FITS, c] != 0.0
+    return wide or table[FITS, c] == 0.0
 
 
 @inline
@@ -61,20 +82,26 @@ def finish_blocks(table, partial, c, eps):
     for b in range(partial.shape[1]):
         if partial[c, b, 0] > 0.0:
             count, average, m2 = merge(count, average, m2, partial[c, b, 0], partial[c, b, 1], partial[c, b, 2])
-    finish_channel(table, c, partial[c, 0, 3], count, average, m2, eps)
+    return finish_channel(table, c, partial[c, 0, 3], count, average, m2, eps)
 
 
 def finish_stats(table, partial, C, eps):
-    """The rows MEAN to SCALE from the moments of blocks; a row of partial is (count, mean - shift, M2, shift)."""
+    """The rows MEAN to SCALE and FITS from the moments of blocks; a row of partial is (count, mean - shift, M2, shift).
+
+    How many channels do not fit float32 lanes.
+    """
+    unfit = 0
     for c in range(C):
-        finish_blocks(table, partial, c, eps)
+        unfit += finish_blocks(table, partial, c, eps)
+    return unfit
 
 
 def finish_given(table, C, eps):
-    """INVSTD and SCALE where mean and variance are given."""
+    """INVSTD, SCALE and FITS where mean and variance are given. How many channels do not fit float32 lanes."""
+    unfit = 0
     for c in range(C):
-        table[INVSTD, c] = 1.0 / math.sqrt(table[VAR, c] + eps)
-        table[SCALE, c] = table[GAMMA, c] * table[INVSTD, c]
+        unfit += finish_scale(table, c, eps)
+    return unfit
 
 
 def update_running(table, running_mean, running_var, C, mean_stride, var_stride, momentum, correction, limit, force):

@@ -4,13 +4,12 @@ The layouts and the strips are those of columns.py, the formulas those of planes
 sweep everything once each; `backward_columns` takes short planes strip by strip, so that the second sweep reads the cache.
 """
 
-from fastbn.kernels.channels import COEF_A, MEAN, finish_blocks_backward
+from fastbn.kernels.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
 from fastbn.kernels.columns import (
     clear,
     collapse,
     expand,
     expand_weights,
-    lanes_at,
     next_tile,
     rows_ahead,
     strip_of,
@@ -22,6 +21,7 @@ from fastbn.kernels.simd import (
     centre,
     fence,
     get,
+    joined,
     keep,
     lanes_to_boundary,
     load,
@@ -37,8 +37,8 @@ from fastbn.kernels.variants import inline
 
 # Rows of a thread's scratch: constants and accumulators by column. The weights of a tile stand behind them.
 MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)
-A_ROW, B_ROW, C_ROW = range(2, 5)
-WEIGHT_ROWS = 5
+A_ROW, B_ROW, C_ROW, TEMPORARY_ROW = range(2, 6)
+WEIGHT_ROWS = 6
 
 # ------------------------------------------------------------------------------------------------------------------ sums
 
@@ -111,48 +111,60 @@ def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scr
 
 
 @inline
-def expand_coefficients(table, grads, scratch, first, channels, S, width):
+def expand_coefficients(x, table, grads, scratch, first, channels, S, width):
+    """The five numbers of `slope` by column, for the channels from `first` on; means only where x needs them."""
+    means = moved(vectors(table, MEAN), first)
     for k in range(min(2, table.shape[0])):  # MEAN, LOW
         expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
     for k in range(min(3, grads.shape[0])):  # COEF_A, COEF_B, COEF_C
-        expand(vectors(scratch, A_ROW + k), moved(vectors(grads, COEF_A + k), first), channels, S, width)
+        values = moved(vectors(grads, COEF_A + k), first)
+        if A_ROW + k == C_ROW:
+            slopes, constants = moved(vectors(grads, COEF_B), first), values
+            values = vectors(scratch, TEMPORARY_ROW)
+            for c in range(0, channels, LANES):
+                n = min(LANES, channels - c)
+                constant, b, mean = load_some(constants, c, n), load_some(slopes, c, n), load_some(means, c, n)
+                store(values, c, joined(row(x, 0, 0), constant, b, mean))
+        expand(vectors(scratch, A_ROW + k), values, channels, S, width)
 
 
 @inline
-def apply_column(x, dy, dx, dresidual, weight, mask, frozen, first, last, column, S, j, n, scratch, streamed, lead):
-    """Columns j..j+n (n <= 16) of rows first..last: their coefficients are loaded once."""
-    mean, low = load(vectors(scratch, MEAN_ROW), j), load(vectors(scratch, LOW_ROW), j)
-    a, b, c = load(vectors(scratch, A_ROW), j), load(vectors(scratch, B_ROW), j), load(vectors(scratch, C_ROW), j)
-    coefficients = (mean, low, a, b, c)
-    if n == LANES:
-        for r in range(first, last):
-            xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
-            prefetch(xp, j + lead)
-            prefetch(dyp, j + lead)
-            w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
-            apply(xp, dyp, dxp, drp, mask_row(mask, r, column), w, frozen, j, coefficients, streamed)
-    else:
-        for r in range(first, last):
-            xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
-            w = weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j)
-            apply_some(xp, dyp, dxp, drp, mask_row(mask, r, column), w, frozen, j, n, coefficients)
+def coefficients_at(rows, j):
+    """The coefficients of columns j..j+16."""
+    means, lows, a, b, c = rows
+    return load(means, j), load(lows, j), load(a, j), load(b, j), load(c, j)
+
+
+@inline
+def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, width, S, scratch, rows, streamed, lead):
+    """Row r of a strip; the first `head` columns come before the boundary that streaming needs."""
+    expand_weights(weight, scratch, WEIGHT_ROWS, r, r + 1, S, width)
+    j = 0
+    if head > 0:
+        w = weight_vector(weight, scratch, WEIGHT_ROWS, r, r, S, j)
+        apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, head, coefficients_at(rows, j))
+        j += head
+    while j + LANES <= width:
+        prefetch(xp, j + lead)
+        prefetch(dyp, j + lead)
+        w = weight_vector(weight, scratch, WEIGHT_ROWS, r, r, S, j)
+        apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients_at(rows, j), streamed)
+        j += LANES
+    if j < width:
+        w = weight_vector(weight, scratch, WEIGHT_ROWS, r, r, S, j)
+        apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, width - j, coefficients_at(rows, j))
 
 
 @inline
 def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, first, last, rest, column, width, S, scratch, streamed, lead):
-    """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch `lead` values on."""
+    """Rows first..last of a strip, and the `rest` columns of row `last`, as memory lies; prefetch `lead` values on."""
     boundary = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
-    r, end = first, last + (rest > 0)
-    while r < end:
-        stop = next_tile(r, last)
+    means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
+    rows = (means, lows, vectors(scratch, A_ROW), vectors(scratch, B_ROW), vectors(scratch, C_ROW))
+    for r in range(first, last + (rest > 0)):
         here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
-        expand_weights(weight, scratch, WEIGHT_ROWS, r, stop, S, here)
-        j = 0
-        while j < here:
-            n = lanes_at(j, head, here)
-            apply_column(x, dy, dx, dresidual, weight, mask, frozen, r, stop, column, S, j, n, scratch, around, lead)
-            j += n
-        r = stop
+        xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
+        apply_row(xp, dyp, dxp, drp, mask_row(mask, r, column), weight, r, frozen, head, here, S, scratch, rows, around, lead)
 
 
 def apply_columns(
@@ -187,7 +199,7 @@ def apply_columns(
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
         more = rest if b == blocks - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
-        expand_coefficients(table, grads, mine, c0, channels, S, width)
+        expand_coefficients(x, table, grads, mine, c0, channels, S, width)
         lead = rows_ahead(x, width)
         apply_rows(x, dy, dx, dresidual, weight, mask, frozen, r0, r1, more, column, width, S, mine, streamed, lead)
     if streamed:
@@ -225,7 +237,7 @@ def backward_columns(
         c0, channels, column, width = strip_of(strip, group, C, S, 1)
         for c in range(c0, c0 + channels):
             finish_blocks_backward(table, grads, partial, c, count, False)
-        expand_coefficients(table, grads, mine, c0, channels, S, width)
+        expand_coefficients(x, table, grads, mine, c0, channels, S, width)
         # While dx is streamed out, the next strip is prefetched.
         apply_rows(x, dy, dx, dresidual, weight, mask, None, 0, R, 0, column, width, S, mine, streamed, width)
     if streamed:

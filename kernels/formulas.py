@@ -25,6 +25,19 @@ def exact_sum(a, b):
     return total, (a - (total - from_b)) + (b - from_b)
 
 
+def fits_float32(mean, scale, beta):
+    """Whether y = (x - m) * scale + b, in float32 with m = float32(mean) and b = beta - (mean - m) * scale, is good to 1e-6 * max(1, |y|).
+
+    With u = 2**-24, and without an FMA, the roundings of the difference, of scale, of the product, of b and of the sum add up to at most
+    u * (3 |y - b| + |b| + |y|), which is u * (4 |y| + 4 |b|): 9.5e-7 * max(1, |y|) where |b| <= 3. Beyond, where a large bias cancels,
+    float32 is not enough. Nor is it where scale, or y or a difference that should be finite, leaves its range; from a mean of 2**103 on
+    the largest float32 less the mean does. A scale that is NaN makes the channel NaN in any arithmetic.
+    """
+    size = abs(scale)
+    in_range = abs(mean) <= 2.0**103 and (2.0**-126 <= size <= 2.0**127 or size == 0.0)
+    return size != size or (in_range and abs(beta) + abs(mean) * size * 2.0**-24 <= 3.0)
+
+
 def backward_coefficients(gamma, invstd, sum_dy, sum_dy_xmu, count):
     """(a, b, c) of dx = a * dy + b * (x - mean) + c, where sum_dy_xmu is the sum of dy * (x - mean).
 

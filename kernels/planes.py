@@ -16,9 +16,10 @@ Moments are gathered around a shift K that is a value of the channel, so that no
 values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983).
 """
 
-from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel
+from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel, takes
 from fastbn.kernels.simd import (
     LANES,
+    bias,
     bits_above_zero,
     centre,
     fence,
@@ -31,6 +32,9 @@ from fastbn.kernels.simd import (
     plane,
     prefetch,
     put_bits,
+    read,
+    read_some,
+    rounded,
     splat,
     store,
     store_some,
@@ -160,12 +164,12 @@ def activate(v, relu, mp, carry, j, n):
 
 
 @inline
-def normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry):
+def normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry):
     """y[j:j+16] = activation((x - mean) * scale + beta + residual)."""
-    mean, low, scale, bias = channel
-    v = centre(xp, load(xp, j), mean, low) * scale + bias
+    mean, low, scale, beta = channel
+    v = centre(xp, read(xp, j, wide), mean, low) * scale + beta
     if rp is not None:
-        v += load(rp, j)
+        v += read(rp, j, wide)
     v, carry = activate(v, relu, mp, carry, j, LANES)
     if streamed:
         stream(yp, j, v)
@@ -175,11 +179,11 @@ def normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry):
 
 
 @inline
-def normalise_some(xp, yp, rp, mp, relu, j, n, channel, carry):
-    mean, low, scale, bias = channel
-    v = centre(xp, load_some(xp, j, n), mean, low) * scale + bias
+def normalise_some(xp, yp, rp, mp, relu, wide, j, n, channel, carry):
+    mean, low, scale, beta = channel
+    v = centre(xp, read_some(xp, j, n, wide), mean, low) * scale + beta
     if rp is not None:
-        v += load_some(rp, j, n)
+        v += read_some(rp, j, n, wide)
     v, carry = activate(v, relu, mp, carry, j, n)
     store_some(yp, j, v, n)
     return carry
@@ -192,8 +196,10 @@ def flush_bits(mp, carry, stop):
 
 
 @inline
-def channel_vectors(table, c):
-    return splat(table[MEAN, c]), splat(table[LOW, c]), splat(table[SCALE, c]), splat(table[BETA, c])
+def channel_vectors(table, c, wide):
+    """(mean, its second word, scale, bias) of a channel, in the lanes that `wide` stands for."""
+    mean, low, scale, beta = splat(table[MEAN, c]), splat(table[LOW, c]), splat(table[SCALE, c]), splat(table[BETA, c])
+    return rounded(mean, wide), rounded(low, wide), rounded(scale, wide), rounded(bias(beta, mean, scale, wide), wide)
 
 
 @inline
@@ -203,19 +209,19 @@ def head_of(yp, start, stop, streamed):
 
 
 @inline
-def normalise_plane(xp, yp, rp, mp, relu, start, stop, channel, streamed):
+def normalise_plane(xp, yp, rp, mp, relu, wide, start, stop, channel, streamed):
     """One plane, or the part start..stop of it (start a multiple of 16 where there is a mask)."""
     carry = 0
     j = start
     head = head_of(yp, start, stop, streamed)
     if head > 0:
-        carry = normalise_some(xp, yp, rp, mp, relu, j, head, channel, carry)
+        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, head, channel, carry)
         j += head
     while j + LANES <= stop:
-        carry = normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry)
+        carry = normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry)
         j += LANES
     if j < stop:
-        carry = normalise_some(xp, yp, rp, mp, relu, j, stop - j, channel, carry)
+        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, stop - j, channel, carry)
     flush_bits(mp, carry, stop)
 
 
@@ -229,24 +235,24 @@ def prefetch_run(p, i, left, after):
 
 
 @inline
-def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S):
+def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S):
     """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
     carry = 0
     k = splat(shift)
     head = head_of(yp, 0, S, streamed)
     if head > 0:
-        carry = normalise_some(xp, yp, rp, mp, relu, 0, head, channel, carry)
+        carry = normalise_some(xp, yp, rp, mp, relu, wide, 0, head, channel, carry)
     i = 0
     j = head
     while j + LANES <= S:
         prefetch_run(ahead, i + PREFETCH, left, after)
         prefetch_run(rp, i + PREFETCH, r_left, r_after)
         sums = gather(ahead, wp, i, k, sums)
-        carry = normalise(xp, yp, rp, mp, relu, j, channel, streamed, carry)
+        carry = normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry)
         i += LANES
         j += LANES
     if j < S:
-        carry = normalise_some(xp, yp, rp, mp, relu, j, S - j, channel, carry)
+        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, S - j, channel, carry)
     flush_bits(mp, carry, S)
     # The gathering loop starts at 0 whatever y's alignment: the bits of the sums depend on the shape alone.
     if i + LANES <= S:
@@ -261,13 +267,15 @@ def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, channel, streame
 
 
 def forward_planes(
-    x, y, residual, weight, mask, relu, N, S, table, eps, points, scratch, thread, first, last, group, planes_a_block, streamed
+    x, y, residual, weight, mask, relu, wide, N, S, table, eps, points, scratch, thread, first, last, group, planes_a_block, streamed
 ):
-    """Training forward of the channels first..last: y, and the rows MEAN to SCALE of the table.
+    """Training forward of the channels first..last: y, and the rows MEAN to SCALE and FITS of the table.
 
-    The group of channels at hand is normalised while the next group is gathered.
+    The group of channels at hand is normalised while the next group is gathered. How many channels do not fit float32 lanes: if that
+    is what they were normalised in, their y is to be written again.
     """
     scratch = scratch[thread]
+    unfit = 0
     # moments of the first group
     for c in range(first, min(first + group, last)):
         open_channel(scratch, c - first, shift_of_channel(x, c, points))
@@ -285,14 +293,14 @@ def forward_planes(
         # from moments to the table
         for c in range(start, stop):
             row = c - start
-            finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
+            unfit += finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
             if c + group < last:
                 open_channel(scratch, row, shift_of_channel(x, c + group, points))
         # y of this group, moments of the next
         for n in range(N):
             wp = plane(weight, n, 0)
             for c in range(start, stop):
-                channel = channel_vectors(table, c)
+                channel = channel_vectors(table, c, wide)
                 xp, yp = plane(x, n, c), plane(y, n, c)
                 rp, mp = plane(residual, n, c), plane(mask, n, c)
                 if c + group < last:
@@ -302,15 +310,16 @@ def forward_planes(
                     sums = load_sums(scratch, row)
                     r_left, r_after = (stop - c) * S, plane(residual, n + 1, start)
                     sums = normalise_and_gather(
-                        xp, yp, rp, r_left, r_after, mp, relu, channel, streamed, ahead, left, after, wp, shift, sums, S
+                        xp, yp, rp, r_left, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S
                     )
                     save_sums(scratch, row, sums)
                     if (n + 1) % planes_a_block == 0 or n + 1 == N:
                         close_block(scratch, row, wp, (n % planes_a_block + 1) * S)
                 else:
-                    normalise_plane(xp, yp, rp, mp, relu, 0, S, channel, streamed)
+                    normalise_plane(xp, yp, rp, mp, relu, wide, 0, S, channel, streamed)
     if streamed:
         fence()
+    return unfit
 
 
 def stats_planes(x, weight, N, S, partial, points, first, last, planes_a_block, segment):
@@ -336,7 +345,7 @@ def stats_planes(x, weight, N, S, partial, points, first, last, planes_a_block, 
         partial[c, b, 3] = shift
 
 
-def normalise_planes(x, y, residual, mask, relu, C, S, table, first, last, segment, streamed):
+def normalise_planes(x, y, residual, mask, relu, wide, C, S, table, first, last, segment, streamed):
     """y from the rows MEAN, LOW, SCALE and BETA of the table, for segments first..last; segments are counted in memory order."""
     segments = (S + segment - 1) // segment
     for task in range(first, last):
@@ -344,7 +353,8 @@ def normalise_planes(x, y, residual, mask, relu, C, S, table, first, last, segme
         stop = min(start + segment, S)
         c = task // segments % C
         n = task // segments // C
-        rp, mp = plane(residual, n, c), plane(mask, n, c)
-        normalise_plane(plane(x, n, c), plane(y, n, c), rp, mp, relu, start, stop, channel_vectors(table, c), streamed)
+        if takes(table, c, wide):
+            rp, mp = plane(residual, n, c), plane(mask, n, c)
+            normalise_plane(plane(x, n, c), plane(y, n, c), rp, mp, relu, wide, start, stop, channel_vectors(table, c, wide), streamed)
     if streamed:
         fence()

@@ -15,10 +15,12 @@ from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_ch
 from fastbn.kernels.planes import PREFETCH, head_of, load_sums, prefetch_run, save_sums
 from fastbn.kernels.simd import (
     LANES,
+    apart,
     bits_above_zero,
     centre,
     fence,
     get_bits,
+    joined,
     keep,
     load,
     load_some,
@@ -96,7 +98,7 @@ def slope(g, xmu, coefficients, w, frozen):
 def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
     """dx[j:j+16], and dresidual where there is one."""
     g = gradient(dyp, mp, j)
-    xmu = centre(xp, load(xp, j), coefficients[0], coefficients[1])
+    xmu = apart(xp, load(xp, j), coefficients[0], coefficients[1])
     v = slope(g, xmu, coefficients, w, frozen)
     if streamed:
         stream(dxp, j, v)
@@ -109,7 +111,7 @@ def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
 @inline
 def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
     g = gradient_some(dyp, mp, j, n)
-    xmu = centre(xp, load_some(xp, j, n), coefficients[0], coefficients[1])
+    xmu = apart(xp, load_some(xp, j, n), coefficients[0], coefficients[1])
     v = slope(g, xmu, coefficients, w, frozen)
     store_some(dxp, j, v, n)
     if drp is not None:
@@ -117,9 +119,10 @@ def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
 
 
 @inline
-def coefficient_vectors(table, grads, c):
+def coefficient_vectors(xp, table, grads, c):
     mean, low = splat(table[MEAN, c]), splat(table[LOW, c])
-    return mean, low, splat(grads[COEF_A, c]), splat(grads[COEF_B, c]), splat(grads[COEF_C, c])
+    a, b, d = splat(grads[COEF_A, c]), splat(grads[COEF_B, c]), splat(grads[COEF_C, c])
+    return mean, low, a, b, joined(xp, d, b, mean)
 
 
 @inline
@@ -195,8 +198,8 @@ def backward_planes(x, dy, dx, dresidual, weight, mask, N, S, table, grads, coun
         for n in range(N):
             wp = plane(weight, n, 0)
             for c in range(start, stop):
-                coefficients = coefficient_vectors(table, grads, c)
                 xp, dyp, dxp = plane(x, n, c), plane(dy, n, c), plane(dx, n, c)
+                coefficients = coefficient_vectors(xp, table, grads, c)
                 drp, mp = plane(dresidual, n, c), plane(mask, n, c)
                 if c + group < last:
                     a = c + group
@@ -242,7 +245,8 @@ def apply_planes(x, dy, dx, dresidual, weight, mask, frozen, C, S, table, grads,
         c = task // segments % C
         n = task // segments // C
         drp, mp, wp = plane(dresidual, n, c), plane(mask, n, c), plane(weight, n, 0)
-        coefficients = coefficient_vectors(table, grads, c)
-        apply_plane(plane(x, n, c), plane(dy, n, c), plane(dx, n, c), drp, mp, wp, frozen, start, stop, coefficients, streamed)
+        xp = plane(x, n, c)
+        coefficients = coefficient_vectors(xp, table, grads, c)
+        apply_plane(xp, plane(dy, n, c), plane(dx, n, c), drp, mp, wp, frozen, start, stop, coefficients, streamed)
     if streamed:
         fence()

@@ -18,7 +18,7 @@ from fastbn.kernels.simd import Pointer, bfloat16
 inline = njit(forceinline=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
-OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen")
+OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen", "wide")
 
 
 def tensor(dtype):
@@ -40,6 +40,7 @@ def argument_type(name, dtype, present):
         "relu": types.boolean,
         "streamed": types.boolean,
         "frozen": types.boolean,
+        "wide": types.boolean,
         "constant": types.boolean,
         "force": types.boolean,
         "limit": types.float64,

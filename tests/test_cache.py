@@ -35,7 +35,7 @@ print(json.dumps(found, sort_keys=True))
 ONE = """
 import numpy as np
 from fastbn.kernels import cache, channels, variants
-table = np.zeros((7, 3)); table[channels.GAMMA] = 2.0; table[channels.VAR] = 3.0
+table = np.zeros((channels.TABLE_ROWS, 3)); table[channels.GAMMA] = 2.0; table[channels.VAR] = 3.0
 variants.compiled(channels.finish_given, "float64")(table, 3, 1.0)
 dispatcher = next(iter(variants._compiled.values()))[0]
 hits = sum(dispatcher._cache_hits.values())
@@ -130,7 +130,7 @@ path, contents = pathlib.Path(sys.argv[1]), pickle.load(open(sys.argv[2], "rb"))
 for content in contents:
     path.write_bytes(content)
     variants._compiled.clear()
-    table = np.zeros((7, 3)); table[channels.GAMMA] = 2.0; table[channels.VAR] = 3.0
+    table = np.zeros((channels.TABLE_ROWS, 3)); table[channels.GAMMA] = 2.0; table[channels.VAR] = 3.0
     variants.compiled(channels.finish_given, "float64")(table, 3, 1.0)
     dispatcher = next(iter(variants._compiled.values()))[0]
     assert (table[channels.INVSTD] == 0.5).all() and (table[channels.SCALE] == 1.0).all()

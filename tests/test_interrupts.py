@@ -1,6 +1,7 @@
 """Ctrl-C in a long call: KeyboardInterrupt soon, nothing written afterwards, running statistics as before, the next call works."""
 
 import signal
+import threading
 
 import inputs
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import subprocesses
 
 import fastbn
-from fastbn import functional, threads
+from fastbn import functional, threads, uninterrupted
 
 ALARM = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no interval timers")
 # Kernels that take 2 ms a piece and note what they do; real signals, SIGALRM with the handler of SIGINT. Numba is not needed.
@@ -184,6 +185,25 @@ except ZeroDivisionError:
     print("raised")
 """)
     assert out.split() == ["True", "[]", "[1]", "result", "raised"]
+
+
+def test_a_thread_that_does_not_begin(monkeypatch):
+    """Short of memory a thread may end before its first line, unheard. Then the caller does the work, and a late thread does not."""
+    late = []
+    monkeypatch.setattr(uninterrupted._thread, "start_new_thread", lambda run, arguments: late.append(run))
+    monkeypatch.setattr(uninterrupted, "PATIENCE", 0.02)
+    done = []
+    uninterrupted.uninterrupted(lambda: done.append(threading.current_thread()))
+    late[0]()
+    assert done == [threading.main_thread()]
+    assert not uninterrupted._running
+
+
+def test_no_memory_to_compile(monkeypatch):
+    """LLVM would end the process."""
+    monkeypatch.setattr(uninterrupted, "MEMORY", 1 << 60)
+    with pytest.raises(MemoryError, match="to compile a kernel; free some"):
+        uninterrupted.uninterrupted(lambda: 1)
 
 
 def test_a_thread_that_others_may_wait_for_compiles_itself(tmp_path):

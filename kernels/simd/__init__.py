@@ -1,11 +1,16 @@
-"""A small SIMD vocabulary for Numba: sixteen float64 lanes, and pointers to memory of any floating dtype.
+"""A small SIMD vocabulary for Numba: sixteen float64 or float32 lanes, and pointers to memory of any floating dtype.
 
-Every kernel computes in one type, ``f64x16``. Memory holds float32, float64, float16 or bfloat16; `load` widens to float64 in
-registers and `store` rounds once on the way out, so a kernel is written once for all dtypes and never rounds in between.
+Memory holds float32, float64, float16 or bfloat16. Statistics and gradients are computed in one type, ``f64x16``: `load` widens in
+registers and `store` rounds once on the way out, so a kernel is written once for all dtypes and never rounds in between. Output of
+float32 and narrower is computed in ``f32x16`` where that is as good: `read` gives lanes of the one or the other kind.
 
 ===============================  ==================================================================
 ``load(p, i)``                   lanes p[i:i+16]
 ``load_some(p, i, n)``           lanes p[i:i+n], the others 0; touches no other memory
+``read``, ``read_some``          the same in float32 lanes, or float64 where the last argument is not None
+``rounded(v, wide)``             float64 lanes as float32 lanes, or as they are where `wide` is not None
+``lanes_memory(p, wide)``        workspace of float64, or the same as float32, for such lanes
+``bias(beta, mean, scale, ..)``  beta, and what rounding the mean to such lanes leaves out
 ``store``, ``store_some``        the reverse, rounding once to the memory's dtype
 ``stream(p, i, v)``              store around the cache; p + i must be `lanes_to_boundary` aligned
 ``fence()``                      after streaming, before another thread may read
@@ -14,6 +19,7 @@ registers and `store` rounds once on the way out, so a kernel is written once fo
 ``smaller``, ``larger``          lane-wise minimum and maximum
 ``sum_lanes(v)``                 sum in a fixed tree: the same bits everywhere
 ``centre(p, v, mean, low)``      v - mean, and for p in float64 also - low: the mean as two words
+``apart(p, v, mean, low)``       the same of float64, v of narrower values; ``joined`` makes the constant term fit
 ``keep(v, n)``                   lanes 0..n-1 of v, the others 0
 ``bits_above_zero(v)``           int64, bit k set unless v[k] <= 0 (set for NaN)
 ``only(v, bits)``                v where the bit is set, 0 elsewhere
@@ -25,16 +31,21 @@ Why like this:
 
 - LLVM vectors as a Numba type instead of auto-vectorised loops: a loop with two accumulators and a store does not vectorise
   reliably without broad fastmath, and a loop with a non-temporal store never does.
-- Sixteen lanes for every dtype: two AVX-512 registers of float64, four of AVX2, eight of SSE2 or NEON; LLVM splits them by itself.
+- Sixteen lanes for every dtype: two AVX-512 registers of float64, four of AVX2, eight of SSE2 or NEON (half of that for float32); LLVM
+  splits them by itself.
 - ``fmul`` and ``fadd`` with the ``contract`` flag, not ``llvm.fma``, which is a library call per lane on a CPU without FMA.
 - Heads and tails are vectors too, loaded and stored under a mask, so that one formula serves all elements: the bits of y do not
   depend on where a vector happens to start.
 """
 
 from fastbn.kernels.simd.arithmetic import (
+    apart,
+    bias,
     centre,
+    joined,
     keep,
     larger,
+    rounded,
     smaller,
     splat,
     sum_lanes,
@@ -49,6 +60,7 @@ from fastbn.kernels.simd.elements import (
 )
 from fastbn.kernels.simd.memory import (
     fence,
+    lanes_memory,
     lanes_to_boundary,
     load,
     load_some,
@@ -56,6 +68,8 @@ from fastbn.kernels.simd.memory import (
     plane,
     prefetch,
     provided,
+    read,
+    read_some,
     row,
     row_stride,
     store,
@@ -68,6 +82,7 @@ from fastbn.kernels.simd.types import (
     Pointer,
     Vector,
     bfloat16,
+    f32x16,
     f64x16,
 )
 
@@ -75,14 +90,19 @@ __all__ = [
     "LANES",
     "Pointer",
     "Vector",
+    "apart",
     "bfloat16",
+    "bias",
     "bits_above_zero",
     "centre",
+    "f32x16",
     "f64x16",
     "fence",
     "get",
     "get_bits",
+    "joined",
     "keep",
+    "lanes_memory",
     "lanes_to_boundary",
     "larger",
     "load",
@@ -94,6 +114,9 @@ __all__ = [
     "provided",
     "put",
     "put_bits",
+    "read",
+    "read_some",
+    "rounded",
     "row",
     "row_stride",
     "smaller",

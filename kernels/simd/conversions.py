@@ -1,4 +1,4 @@
-"""Sixteen elements as they lie in memory, to float64 and back: one rounding, to nearest even."""
+"""Sixteen elements as they lie in memory, to float32 or float64 lanes and back: one rounding, to nearest even."""
 
 from numba import types
 
@@ -64,8 +64,8 @@ def _f32_to_bfloat16(builder, v):
     return builder.trunc(builder.lshr(builder.select(nan, quiet, rounded), constant(I32, 16)), vector_of(I16))
 
 
-def widen(context, builder, dtype, raw):
-    """Sixteen elements as they lie in memory, to float64."""
+def widen(context, builder, dtype, raw, lane=F64):
+    """Sixteen elements as they lie in memory, to lanes that are no narrower."""
     if dtype == types.float64:
         return raw
     if dtype == types.float16:
@@ -73,14 +73,15 @@ def widen(context, builder, dtype, raw):
         raw = builder.fpext(raw, vector_of(F32)) if by_hardware else _half_to_f32(builder, builder.bitcast(raw, vector_of(I16)))
     elif dtype == bfloat16:
         raw = _bfloat16_to_f32(builder, raw)
-    return builder.fpext(raw, vector_of(F64))
+    return builder.fpext(raw, vector_of(F64)) if lane == F64 else raw
 
 
 def narrow(context, builder, dtype, value):
-    """Sixteen float64, to elements as they lie in memory."""
+    """Sixteen lanes, to elements as they lie in memory."""
     if dtype == types.float64:
-        return value
-    value = builder.fptrunc(value, vector_of(F32))
+        return builder.fpext(value, vector_of(F64)) if value.type == vector_of(F32) else value
+    if value.type == vector_of(F64):
+        value = builder.fptrunc(value, vector_of(F32))
     if dtype == types.float16:
         if has_f16c(context):
             return builder.fptrunc(value, vector_of(F16))

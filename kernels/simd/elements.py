@@ -14,7 +14,6 @@ from fastbn.kernels.simd.types import (
     I64,
     absent_gives_none,
     constant,
-    f64x16,
     spread,
     vector_of,
 )
@@ -81,7 +80,7 @@ def bits_above_zero(typingctx, v):
     """Bit k is set unless v[k] <= 0: what a gradient passes through a ReLU, NaN included."""
 
     def codegen(context, builder, sig, args):
-        above = builder.fcmp_unordered(">", args[0], constant(F64, 0.0))
+        above = builder.fcmp_unordered(">", args[0], constant(sig.args[0].element, 0.0))
         return builder.zext(builder.bitcast(above, I16), I64)
 
     return types.int64(v), codegen
@@ -93,6 +92,6 @@ def only(typingctx, v, bits):
 
     def codegen(context, builder, sig, args):
         chosen = builder.bitcast(builder.trunc(args[1], I16), vector_of(I1))
-        return builder.select(chosen, args[0], constant(F64, 0.0))
+        return builder.select(chosen, args[0], constant(sig.args[0].element, 0.0))
 
-    return f64x16(v, types.int64), codegen
+    return v(v, types.int64), codegen

@@ -18,6 +18,7 @@ from fastbn.kernels.simd.types import (
     Pointer,
     absent_gives_none,
     f64x16,
+    lanes,
     lanes_below,
     vector_of,
 )
@@ -41,34 +42,51 @@ def _masked(builder, kind, dtype, result, arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
+def _load(vector):
+    """The code of a load, of all sixteen or of args[2], into these lanes."""
+
+    def codegen(context, builder, sig, args):
+        dtype = sig.args[0].dtype
+        raw = vector_of(ELEMENTS[dtype])
+        pointer = _at(builder, sig.args[0], args[0], args[1])
+        if sig.args[2:3] == (types.int64,):
+            zero = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
+            arguments = [pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[2]), zero]
+            value = _masked(builder, "load", dtype, raw, arguments)
+        else:
+            value = builder.load(pointer, typ=raw)
+            value.align = _size(dtype)
+        return widen(context, builder, dtype, value, vector.element)
+
+    return codegen
+
+
 @intrinsic
 @absent_gives_none
 def load(typingctx, p, i):
     """p[i:i+16] as float64."""
-
-    def codegen(context, builder, sig, args):
-        dtype = sig.args[0].dtype
-        value = builder.load(_at(builder, sig.args[0], *args), typ=vector_of(ELEMENTS[dtype]))
-        value.align = _size(dtype)
-        return widen(context, builder, dtype, value)
-
-    return f64x16(p, types.int64), codegen
+    return f64x16(p, types.int64), _load(f64x16)
 
 
 @intrinsic
 @absent_gives_none
 def load_some(typingctx, p, i, n):
     """p[i:i+n] as float64, zeros behind."""
+    return f64x16(p, types.int64, types.int64), _load(f64x16)
 
-    def codegen(context, builder, sig, args):
-        dtype = sig.args[0].dtype
-        raw = vector_of(ELEMENTS[dtype])
-        zero = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
-        pointer = _at(builder, sig.args[0], args[0], args[1])
-        arguments = [pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[2]), zero]
-        return widen(context, builder, dtype, _masked(builder, "load", dtype, raw, arguments))
 
-    return f64x16(p, types.int64, types.int64), codegen
+@intrinsic
+@absent_gives_none
+def read(typingctx, p, i, wide):
+    """p[i:i+16] as float32, or as float64 where `wide` is not None."""
+    return lanes(wide)(p, types.int64, wide), _load(lanes(wide))
+
+
+@intrinsic
+@absent_gives_none
+def read_some(typingctx, p, i, n, wide):
+    """p[i:i+n] as float32, or as float64 where `wide` is not None; zeros behind."""
+    return lanes(wide)(p, types.int64, types.int64, wide), _load(lanes(wide))
 
 
 @intrinsic
@@ -81,7 +99,7 @@ def store(typingctx, p, i, v):
         builder.store(raw, _at(builder, sig.args[0], args[0], args[1])).align = _size(dtype)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, f64x16), codegen
+    return types.void(p, types.int64, v), codegen
 
 
 @intrinsic
@@ -96,7 +114,7 @@ def store_some(typingctx, p, i, v, n):
         _masked(builder, "store", dtype, ir.VoidType(), arguments)
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, f64x16, types.int64), codegen
+    return types.void(p, types.int64, v, types.int64), codegen
 
 
 def _boundary(dtype):
@@ -116,7 +134,7 @@ def stream(typingctx, p, i, v):
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(p, types.int64, f64x16), codegen
+    return types.void(p, types.int64, v), codegen
 
 
 @intrinsic
@@ -201,6 +219,14 @@ def vectors(typingctx, array, r):
         return builder.gep(a.data, [offset], source_etype=ELEMENTS[sig.args[0].dtype])
 
     return Pointer(array.dtype)(array, types.int64), codegen
+
+
+@intrinsic
+def lanes_memory(typingctx, p, wide):
+    """A pointer to float64, as it is or, where `wide` is None, as one to float32: workspace for lanes of either kind."""
+    if isinstance(wide, types.NoneType):
+        return Pointer(types.float32)(p, wide), lambda context, builder, sig, args: builder.bitcast(args[0], F32.as_pointer())
+    return p(p, wide), lambda context, builder, sig, args: args[0]
 
 
 @intrinsic

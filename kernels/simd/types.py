@@ -1,4 +1,4 @@
-"""The types: sixteen float64 in registers, pointers to memory, and small helpers to build LLVM vectors."""
+"""The types: sixteen floats in registers, pointers to memory, and small helpers to build LLVM vectors."""
 
 from functools import wraps
 
@@ -22,10 +22,11 @@ def constant(element, value):
 
 
 class Vector(types.Type):
-    """Sixteen float64 in registers."""
+    """Sixteen floats of one kind in registers."""
 
-    def __init__(self):
-        super().__init__(name="f64x16")
+    def __init__(self, name, element):
+        self.element = element
+        super().__init__(name=name)
 
 
 class BFloat16(types.Type):
@@ -45,7 +46,15 @@ class Pointer(types.Type):
         super().__init__(name=f"Pointer({dtype})")
 
 
-f64x16 = Vector()
+f64x16 = Vector("f64x16", F64)
+f32x16 = Vector("f32x16", F32)
+
+
+def lanes(wide):
+    """The lanes that the type of an argument called `wide` stands for: float32 where it is None."""
+    return f32x16 if isinstance(wide, types.NoneType) else f64x16
+
+
 bfloat16 = BFloat16()
 
 ELEMENTS = {types.float32: F32, types.float64: F64, types.float16: F16, bfloat16: I16, types.uint16: I16}
@@ -54,7 +63,7 @@ ELEMENTS = {types.float32: F32, types.float64: F64, types.float16: F16, bfloat16
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, vector_of(F64))
+        super().__init__(dmm, fe_type, vector_of(fe_type.element))
 
 
 @register_model(BFloat16)

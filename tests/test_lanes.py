@@ -1,0 +1,111 @@
+"""Output in float32 lanes where that is as good, in float64 lanes elsewhere: kernels/formulas.py, `fits_float32`.
+
+Each case names a channel that float32 arithmetic gets wrong, as the plain NumPy formula shows beside it, among channels that fit.
+"""
+
+import checks
+import inputs
+import numpy as np
+import pytest
+import reference
+
+import fastbn
+from fastbn.kernels.formulas import fits_float32
+
+LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "axis -1", "channels last view"])
+# nc and short planes are columns, long planes are planes; 600 channels are more than one strip.
+SHAPES = pytest.mark.parametrize("shape", [(64, 5), (9, 600), (6, 5, 7, 7), (3, 5, 27, 33), (2, 2, 300, 300)], ids=str)
+MAX = float(np.finfo(np.float32).max)
+
+# name: x's mean and standard deviation, gamma, beta, running mean, running variance
+UNFIT = {
+    "a large bias cancels": (0, 1, 1.0, 100.0, 0.0, 1.0 / 2000),
+    "x less the mean overflows": (2e38, 3e37, 1.0, 0.0, -2e38, 1e75),
+    "the scale overflows": (0, 1e-38, 3e38, 0.0, 0.0, 1e-4),
+    "the running mean is infinite": (0, 1, 1.0, 0.0, np.inf, 1.0),
+}
+
+
+def in_float32(x, gamma, beta, mean, var, eps):
+    """The formula as float32 lanes compute it."""
+    with np.errstate(all="ignore"):
+        scale = (gamma.astype(np.float64) / np.sqrt(var + eps)).astype(np.float32)
+        near = mean.astype(np.float32)
+        bias = (beta - (mean - near) * scale.astype(np.float64)).astype(np.float32)
+        return (x - near) * scale + bias
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@LAYOUTS
+@SHAPES
+def test_inference(shape, layout, case):
+    centre, spread, g, b, m, v = UNFIT[case]
+    C, bad = shape[1], shape[1] // 2
+    x = inputs.normal(shape)
+    x[:, bad] = np.clip(centre + spread * inputs.normal(shape, np.float64)[:, bad], -MAX, MAX).astype(np.float32)
+    gamma, beta, *_ = inputs.parameters(C)
+    mean, var = np.linspace(-1, 1, C), np.linspace(0.5, 2, C)
+    gamma[bad], beta[bad], mean[bad], var[bad] = g, b, m, v
+    with np.errstate(invalid="ignore"):  # of infinities
+        exact = reference.forward(x, gamma, beta, mean=mean, var=var, eps=1e-5).y
+        exact[:, bad] = -m if np.isinf(m) else exact[:, bad]
+    laid, axis = inputs.arrange(layout, x)
+    y = fastbn.batch_norm_inference(laid, gamma, beta, mean, var, axis=axis)
+    here = fastbn.batch_norm_inference(laid, gamma, beta, mean, var, axis=axis, out=laid)
+    assert here is laid
+    np.testing.assert_array_equal(here, y)
+    y = np.moveaxis(y, axis, 1)
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(y[~finite], exact[~finite])
+    assert (np.abs(y[finite] - exact[finite]) <= 1e-6 * np.maximum(1, np.abs(exact[finite]))).all()
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_float32_lanes_would_be_wrong(case):
+    """So that the cases above show something."""
+    centre, spread, *channel = UNFIT[case]
+    gamma, beta, mean, var = (np.array([value]) for value in channel)
+    x = np.clip(centre + spread * inputs.normal((1000, 1), np.float64), -MAX, MAX).astype(np.float32)
+    assert not fits_float32(mean[0], gamma[0] / np.sqrt(var[0] + 1e-5), beta[0])
+    with np.errstate(invalid="ignore"):
+        exact = reference.forward(x, gamma, beta, mean=mean, var=var, eps=1e-5).y if np.isfinite(mean[0]) else np.full(x.shape, -np.inf)
+    plain = in_float32(x, gamma, beta, mean, var, 1e-5)
+    with np.errstate(all="ignore"):
+        fine = (np.abs(plain - exact) <= 1e-6 * np.maximum(1, np.abs(exact))) | (plain == exact)
+    assert not fine.all()
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("beta", [2.99, 3.01, -100.0, 1e20])
+@LAYOUTS
+@SHAPES
+def test_training_with_a_large_bias(shape, layout, beta, activation):
+    """Outliers reach the bias, so that it cancels to nearly nothing."""
+    rng = np.random.default_rng(3)
+    x, axis = inputs.arrange(layout, rng.standard_cauchy(shape).clip(-1e4, 1e4).astype(np.float32))
+    C = shape[1]
+    betas = np.zeros(C, np.float32)
+    betas[C // 2] = beta
+    checks.check_both(x, np.ones(C, np.float32), betas, axis=axis, activation=activation)
+
+
+def test_what_fits():
+    assert fits_float32(0.0, 1.0, 0.0)
+    assert fits_float32(1e6, 1.0, 0.0)  # 1e6 standard deviations from 0: 0.06 goes into the bias
+    assert fits_float32(0.0, 0.0, 3.0)  # y is beta
+    assert fits_float32(0.0, np.nan, 0.0)
+    assert fits_float32(np.nan, np.nan, 0.0)
+    for mean, scale in [(np.inf, 1), (2.0**104, 1), (0, 1e39), (0, 1e-39), (1e8, 1), (0, np.inf)]:
+        assert not fits_float32(float(mean), float(scale), 0.0), (mean, scale)
+    for mean, scale, beta in [(0, 1, 3.1), (0, 1, np.nan), (0, 1, np.inf)]:
+        assert not fits_float32(float(mean), float(scale), float(beta)), (mean, scale, beta)
+
+
+def test_the_bound_is_needed():
+    """The worst rounding in float32 lanes over random channels comes near 1e-6 at |bias| = 3: the limit is not idle."""
+    rng = np.random.default_rng(0)
+    scale, bias = rng.uniform(0.5, 2, 2000), rng.uniform(2.5, 3, 2000)
+    x = (-(bias / scale) + rng.uniform(-0.2, 0.2, (500, 2000))).astype(np.float32)
+    y = in_float32(x, np.ones(2000), bias, np.zeros(2000), 1 / scale**2, 0.0)
+    error = np.abs(y - (x * scale + bias)) / np.maximum(1, np.abs(x * scale + bias))
+    assert 2e-7 < error.max() < 1e-6
