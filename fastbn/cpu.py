@@ -6,6 +6,7 @@ order the kernels cannot take.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,14 +64,20 @@ class Frame:
 
 @dataclass(frozen=True)
 class Weights:
-    """Sample weights as the kernels read them: float64 (N, S), their sum, how many are positive, their effective number
-    sum(w)**2 / sum(w**2), and three offsets where they are positive."""
+    """Sample weights as the kernels read them: float64 (N, S), or (N,) where they are the same for all S positions.
+
+    For columns the S positions of a row are followed by their first sixteen (again and again, if there are fewer).
+
+    And their sum over all positions, how many are positive, their effective number sum(w)**2 / sum(w**2), and three places (n, s)
+    where they are positive. `kind` is the name of the optional argument that they are.
+    """
 
     array: Array
+    kind: str
     total: float
     positive: int
     effective: float
-    points: tuple[int, int, int]
+    points: tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -167,16 +174,27 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
     """Checked weights, (N,) or x's shape without the channel axis, in the order of the plan."""
     p = f.plan
     shape = tuple(n for a, n in enumerate(f.shape) if a != f.axis)
-    if sample_weight.shape != shape:
+    by_sample = sample_weight.shape != shape
+    if by_sample and (f.axis == 0 or p.order[0] != 0):  # a sample's positions do not lie side by side
         sample_weight = np.broadcast_to(sample_weight.reshape(sample_weight.shape + (1,) * (len(shape) - 1)), shape)
-    order = tuple(a - (a > f.axis) for a in p.order if a != f.axis)
-    array = np.ascontiguousarray(sample_weight.transpose(order), dtype=np.float64).reshape(p.N, p.S)
+        by_sample = False
+    if not by_sample:
+        sample_weight = sample_weight.transpose([a - (a > f.axis) for a in p.order if a != f.axis])
+    array: Array = np.ascontiguousarray(sample_weight, dtype=np.float64).reshape(-1)
+    times = math.prod(shape[1:]) if by_sample else 1  # positions that share a weight
     where = np.flatnonzero(array)
     chosen = where[[0, len(where) // 2, -1]] if len(where) else np.zeros(3, np.intp)
-    a, b, c = (int(k) for k in chosen)
+    points = tuple(divmod(int(k) * times, max(p.S, 1)) for k in chosen)
+    total = times * float(array.sum())
     part = array / (array.max(initial=0.0) or 1.0)  # of the largest: squares of these neither overflow nor vanish
-    effective = float(part.sum()) ** 2 / (float(np.square(part).sum()) or 1.0)
-    return Weights(array, float(array.sum()), len(where), effective, (a, b, c))
+    effective = times * float(part.sum()) ** 2 / (float(np.square(part).sum()) or 1.0)
+    if by_sample:
+        array = np.repeat(array, p.N // max(array.size, 1))
+    elif p.S > 1:
+        array = array.reshape(p.N, p.S)
+        if p.family == "columns":
+            array = np.take(array, np.arange(p.S + layout.LANES) % p.S, axis=1)
+    return Weights(array, "weight" if array.ndim == 2 else "row_weight", total, times * len(where), effective, points)
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -197,8 +215,8 @@ def _points(p: Plan, x: Tensor, weights: Weights | None) -> tuple[int, int, int]
     """Offsets in a channel of the three values whose median is the shift."""
     stride = x[1] // p.fold
     if weights is not None:
-        a, b, c = weights.points
-        return a // p.S * stride + a % p.S, b // p.S * stride + b % p.S, c // p.S * stride + c % p.S
+        a, b, c = (n * stride + s for n, s in weights.points)
+        return a, b, c
     return 0, p.N // 2 * stride + p.S // 2, (p.N - 1) * stride + p.S - 1
 
 
@@ -219,21 +237,28 @@ def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None) -> Job:
     """The arguments that depend on plan and schedule alone, and the workspace."""
     job = s.arguments.copy()
     job["pieces"] = f.pieces
-    job["weight"] = None if weights is None else (weights.array, f.plan.S, 1)
+    job["weight"] = None
+    if weights is not None:
+        job["weight"] = (weights.array, 1) if weights.kind == "row_weight" else (weights.array, weights.array.shape[1], 1)
     job["partial"] = np.empty(s.partial)
-    job["scratch"] = np.empty((threads, *(s.scratch if weights is None else s.weighted_scratch)))
+    job["scratch"] = np.empty((threads, *s.scratch))
     return job
 
 
+def _kind(weights: Weights | None) -> str | None:
+    return None if weights is None else weights.kind
+
+
 def _present(
-    residual: object, weights: object, mask: object, relu: bool, dresidual: object = None, frozen: bool = False, wide: bool = False
+    residual: object, weights: str | None, mask: object, relu: bool, dresidual: object = None, frozen: bool = False, wide: bool = False
 ) -> tuple[str, ...]:
     """Names of the optional arguments that are there: they choose the kernel's variant."""
     if residual is weights is mask is dresidual is None and not relu and not frozen and not wide:
         return ()
     given = {
         "residual": residual is not None,
-        "weight": weights is not None,
+        "weight": weights == "weight",
+        "row_weight": weights == "row_weight",
         "mask": mask is not None,
         "relu": relu,
         "dresidual": dresidual is not None,
@@ -289,7 +314,7 @@ def normalise(
     )
     wide = wide_lanes(f.dtype, residual)
     job["wide"] = True if wide else None
-    present = _present(residual, weights, mask, relu, wide=wide)
+    present = _present(residual, _kind(weights), mask, relu, wide=wide)
     if given:
         dispatch.run("inference", p, s, "sweeps", f.dtype, present, job, threads)
     else:
@@ -307,7 +332,7 @@ def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     s = f.schedules[0]
     job = _job(f, s, threads, weights)
     job.update(x=x_tensor, table=table, eps=1.0, points=_points(p, x_tensor, weights))
-    dispatch.run("moments", p, s, "sweeps", f.dtype, _present(None, weights, None, False), job, threads)
+    dispatch.run("moments", p, s, "sweeps", f.dtype, _present(None, _kind(weights), None, False), job, threads)
     return table
 
 
@@ -360,7 +385,7 @@ def backward(
         frozen=True if frozen else None,
         streamed=_streamed(dx_tensor, f, False),
     )
-    present = _present(None, weights, state.mask, False, dresidual, frozen)
+    present = _present(None, _kind(weights), state.mask, False, dresidual, frozen)
     road = "sweeps" if frozen else s.road
     dispatch.run("backward", p, s, road, f.dtype, present, job, threads)
     finish_output(dx, made)
@@ -376,7 +401,7 @@ def reduce(dy: Array, x: Array, state: State) -> Array:
     s = f.schedules[1]
     job, grads = _backward_job(dy, x, state, threads, s)
     job.update(count=1.0, constant=True)
-    dispatch.run("reduce", p, s, "sweeps", f.dtype, _present(None, state.weights, state.mask, False), job, threads)
+    dispatch.run("reduce", p, s, "sweeps", f.dtype, _present(None, _kind(state.weights), state.mask, False), job, threads)
     return grads
 
 
@@ -393,7 +418,7 @@ def apply(
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
     job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None, streamed=_streamed(dx_tensor, f, False))
     dispatch.call("finish_backward", "float64", job)
-    present = _present(None, state.weights, state.mask, False, dresidual)
+    present = _present(None, _kind(state.weights), state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
     finish_output(dx, made)
     if dresidual is not None:

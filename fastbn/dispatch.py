@@ -97,8 +97,8 @@ class Schedule:
         What `STEPS` splits into, and how many there are.
     arguments : dict
         The kernels' arguments that follow from all this.
-    partial, scratch, weighted_scratch : tuple of int
-        Shapes of the float64 workspace: moments of blocks; one thread's, without and with sample weights.
+    partial, scratch : tuple of int
+        Shapes of the float64 workspace: moments of blocks; one thread's.
     """
 
     road: str
@@ -109,7 +109,6 @@ class Schedule:
     arguments: Job
     partial: tuple[int, int, int]
     scratch: tuple[int, int]
-    weighted_scratch: tuple[int, int]
 
 
 @lru_cache(maxsize=4096)
@@ -118,13 +117,11 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     road, group, blocks, rows, tasks = _cut(p, itemsize, tensors)
     shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
     arguments = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows}
-    scratch = weighted = (group, 4 * LANES)
+    scratch = (group, 4 * LANES)
     if p.family == "columns":
-        # 6 rows of constants and accumulators by column, and the weights of a tile of 8 rows; a vector more than the width, as
-        # whole vectors are written.
-        width = -(-group * p.S * p.fold // LANES) * LANES + LANES
-        scratch, weighted = (6, width), (14 if p.S > 1 else 6, width)
-    return Schedule(road, group, blocks, rows, tasks, arguments, (p.C, blocks, 4), scratch, weighted)
+        # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
+        scratch = (6, -(-group * p.S * p.fold // LANES) * LANES + LANES)
+    return Schedule(road, group, blocks, rows, tasks, arguments, (p.C, blocks, 4), scratch)
 
 
 def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict[str, int]]:
@@ -145,7 +142,7 @@ def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict
         blocks = max(1, -(-p.rows // rows))
         return "sweeps", group, blocks, rows, {"blocks of strips": strips * blocks}
     step = LANES // gcd(p.S, LANES)  # strips start at a multiple of 16 columns
-    group = step * max(1, min(CACHE // channel, 4096 // p.S) // step)
+    group = step * max(1, min(CACHE // channel, 2048 // p.S) // step)
     strips = -(-p.C // group)
     rows = max(1, BLOCK // p.S)
     blocks = -(-p.N // rows)
@@ -164,7 +161,8 @@ def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[.
 
             function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
         names = tuple(inspect.signature(function).parameters)
-        return compiled(function, dtype, tuple(a for a in present if a in names)), names  # type: ignore[no-untyped-call]
+        given = tuple(a for a in present if a.removeprefix("row_") in names)
+        return compiled(function, dtype, given), names  # type: ignore[no-untyped-call]
 
     return uninterrupted(compile_)
 

@@ -164,7 +164,7 @@ def batch_norm_forward(
 def _check_weights(weights: cpu.Weights, x: Array, axis: int) -> None:
     if weights.positive < 2:
         raise ValueError(
-            f"sample_weight leaves {weights.positive} of {weights.array.size} positions per channel of x with shape {x.shape} on axis "
+            f"sample_weight leaves {weights.positive} of {x.size // x.shape[axis]} positions per channel of x with shape {x.shape} on axis "
             f"{axis}; at least 2 must have a weight above 0"
         )
 

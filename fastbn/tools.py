@@ -269,15 +269,16 @@ def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, .
     found = set()
     for chosen in chain.from_iterable(combinations(features, n) for n in range(len(features) + 1)):
         relu = "relu" in chosen
-        mask, residual, weights = (True if name in chosen else None for name in FEATURES)
+        mask, residual = (True if name in chosen else None for name in ("relu", "residual"))
         wide = cpu.wide_lanes(dtype, residual)
-        found |= {
-            ("forward", cpu._present(residual, weights, mask, relu, wide=wide), False),
-            ("moments", cpu._present(None, weights, None, False), False),
-            ("inference", cpu._present(residual, None, None, relu, wide=wide), False),
-            ("backward", cpu._present(None, weights, mask, False, residual), False),
-            # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
-            ("inference", cpu._present(residual, None, mask, relu, wide=wide), False),
-            ("backward", cpu._present(None, None, mask, False, residual, True), True),
-        }
+        for weights in ("weight", "row_weight") if "weights" in chosen else (None,):
+            found |= {
+                ("forward", cpu._present(residual, weights, mask, relu, wide=wide), False),
+                ("moments", cpu._present(None, weights, None, False), False),
+                ("inference", cpu._present(residual, None, None, relu, wide=wide), False),
+                ("backward", cpu._present(None, weights, mask, False, residual), False),
+                # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
+                ("inference", cpu._present(residual, None, mask, relu, wide=wide), False),
+                ("backward", cpu._present(None, None, mask, False, residual, True), True),
+            }
     return found

@@ -20,10 +20,11 @@ A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements
 """
 
 from fastbn.kernels.channels import BETA, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
-from fastbn.kernels.planes import add_value, flush_bits, normalise, normalise_some
+from fastbn.kernels.planes import PREFETCH, add_value, flush_bits, normalise, normalise_some, prefetch_run
 from fastbn.kernels.simd import (
     LANES,
     bias,
+    by_row,
     fence,
     get,
     keep,
@@ -33,7 +34,6 @@ from fastbn.kernels.simd import (
     load_some,
     moved,
     prefetch,
-    provided,
     put,
     read,
     row,
@@ -55,7 +55,6 @@ AHEAD = 4096
 # Rows of a thread's scratch: constants and accumulators by column.
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
 MEAN_ROW, LOW_ROW, SCALE_ROW, BIAS_ROW, TEMPORARY_ROW = range(5)
-WEIGHT_ROWS = 5  # and TILE - 1 behind it: the weights of a tile's rows, by column
 
 
 @inline
@@ -117,21 +116,21 @@ def clear(p, width):
 
 
 @inline
-def expand_weights(weight, scratch, to, first, last, S, width):
-    """The weights of rows first..last by column: those of S positions, over and over. Not needed where S is 1."""
-    if weight is not None and S > 1:
-        for r in range(first, last):
-            w, p = row(weight, r, 0), vectors(scratch, to + r - first)
-            for start in range(0, width, S):
-                for s in range(0, S, LANES):  # whole vectors: what they write behind is written again, or is padding
-                    store(p, start + s, load_some(w, s, min(S - s, LANES)))
+def weight_vector(weight, r, k):
+    """The weights of sixteen columns of row r, of which the first is position k: those of S positions, over and over.
+
+    A row of weights holds S + 16 of them, so that sixteen lie side by side from every position on.
+    """
+    return load(row(weight, r, 0), k)
 
 
 @inline
-def weight_vector(weight, scratch, of, first, r, S, j):
-    if S == 1:
-        return splat(get(row(weight, r, 0), 0))
-    return load(provided(weight, vectors(scratch, of + r - first)), j)
+def next_position(k, step, S):
+    """The position of the column `step` columns behind one of position k."""
+    k += step
+    while k >= S:
+        k -= S
+    return k
 
 
 @inline
@@ -141,11 +140,17 @@ def rows_ahead(x, width):
 
 
 @inline
+def run_ahead(tensor, width):
+    """How far a sweep of row after row prefetches: beyond the end of a row, in the next one."""
+    return PREFETCH if row_stride(tensor) == width else min(PREFETCH, width)
+
+
+@inline
 def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
     """Add rows first..last of a strip to its accumulators, around its shifts; prefetch `lead` values on."""
     shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
-    expand_weights(weight, scratch, WEIGHT_ROWS, first, last, S, width)
     zero = splat(0.0)
+    position = 0
     for j in range(0, width, LANES):
         k = load(shifts, j)
         acc = (load(sums, j), load(squares, j), zero)
@@ -154,14 +159,15 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
                 xp = row(x, r, column)
                 prefetch(xp, j + lead)
                 e = load(xp, j) - k
-                acc = add_value(acc, e, weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j))
+                acc = add_value(acc, e, weight_vector(weight, r, position))
         else:
             n = width - j
             for r in range(first, last):
                 e = keep(load_some(row(x, r, column), j, n) - k, n)
-                acc = add_value(acc, e, weight_vector(weight, scratch, WEIGHT_ROWS, first, r, S, j))
+                acc = add_value(acc, e, weight_vector(weight, r, position))
         store(sums, j, acc[0])
         store(squares, j, acc[1])
+        position = next_position(position, LANES, S)
 
 
 @inline
@@ -174,8 +180,11 @@ def next_tile(r, last):
 def total_weight(weight, first, last, S):
     total = 0.0
     for r in range(first, last):
-        for s in range(S):
-            total += get(row(weight, r, s), 0)
+        if by_row(weight):
+            total += get(row(weight, r, 0), 0) * S
+        else:
+            for s in range(S):
+                total += get(row(weight, r, s), 0)
     return total
 
 
@@ -260,16 +269,17 @@ def constants_at(rows, j, wide):
 
 
 @inline
-def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, lead, residual_lead):
+def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, ahead, x_after, r_after):
     """One row of a strip; the first `head` columns come before the boundary that streaming needs."""
+    lead, x_left, r_left = ahead
     carry = 0
     j = 0
     if head > 0:
         carry = normalise_some(xp, yp, rp, mp, relu, wide, j, head, constants_at(rows, j, wide), carry)
         j += head
     while j + LANES <= width:
-        prefetch(xp, j + lead)
-        prefetch(rp, j + residual_lead)
+        prefetch_run(xp, j + lead, x_left, x_after)
+        prefetch_run(rp, j + lead, r_left, r_after)
         carry = normalise(xp, yp, rp, mp, relu, wide, j, constants_at(rows, j, wide), streamed, carry)
         j += LANES
     if j < width:
@@ -278,20 +288,22 @@ def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, lead,
 
 
 @inline
-def normalise_rows(x, y, residual, mask, relu, wide, first, last, rest, column, width, scratch, streamed, lead):
-    """Rows first..last of a strip, and the `rest` columns of row `last`; prefetch x `lead` values on.
+def normalise_rows(x, y, residual, mask, relu, wide, first, last, rest, column, width, scratch, streamed, cached):
+    """Rows first..last of a strip, and the `rest` columns of row `last`. Where the strip's x is `cached`, the next strip's is prefetched.
 
     Row after row, as memory lies: two rows or eight side by side, whose constants would be loaded once for all, write lines of one
     memory channel in a row, which takes 1.25 times as long as a copy where this takes 1.08.
     """
-    residual_lead = rows_ahead(residual, width)
+    lead = run_ahead(y, width)
+    ahead = (lead, 0 if cached else width, width)
     boundary = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
     means, lows = constants(scratch, MEAN_ROW, wide), constants(scratch, LOW_ROW, wide)
     rows = (means, lows, constants(scratch, SCALE_ROW, wide), constants(scratch, BIAS_ROW, wide))
     for r in range(first, last + (rest > 0)):
         here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
         xp, yp, rp, mp = row(x, r, column), row(y, r, column), row(residual, r, column), row(mask, r, column >> 4)
-        normalise_row(xp, yp, rp, mp, relu, wide, head, here, rows, around, lead, residual_lead)
+        x_after = moved(xp, width - lead) if cached else row(x, r + 1, column)
+        normalise_row(xp, yp, rp, mp, relu, wide, head, here, rows, around, ahead, x_after, row(residual, r + 1, column))
 
 
 def normalise_columns(
@@ -311,7 +323,7 @@ def normalise_columns(
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
         if takes_strip(table, c0, channels, wide):
             expand_constants(table, mine, c0, channels, S, width, wide)
-            normalise_rows(x, y, residual, mask, relu, wide, r0, r1, more, column, width, mine, streamed, rows_ahead(x, width))
+            normalise_rows(x, y, residual, mask, relu, wide, r0, r1, more, column, width, mine, streamed, False)
     if streamed:
         fence()
 
@@ -354,7 +366,7 @@ def forward_columns(
             unfit += finish_blocks(table, partial, c, eps)
         expand_constants(table, mine, c0, channels, S, width, wide)
         # While y is streamed out, the next strip is prefetched: reads and writes overlap as in a copy.
-        normalise_rows(x, y, residual, mask, relu, wide, 0, R, 0, column, width, mine, streamed, width)
+        normalise_rows(x, y, residual, mask, relu, wide, 0, R, 0, column, width, mine, streamed, True)
     if streamed:
         fence()
     return unfit

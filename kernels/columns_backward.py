@@ -9,12 +9,14 @@ from fastbn.kernels.columns import (
     clear,
     collapse,
     expand,
-    expand_weights,
+    next_position,
     next_tile,
     rows_ahead,
+    run_ahead,
     strip_of,
     weight_vector,
 )
+from fastbn.kernels.planes import prefetch_run
 from fastbn.kernels.planes_backward import add_products, apply, apply_some, gradient, gradient_some
 from fastbn.kernels.simd import (
     LANES,
@@ -35,10 +37,9 @@ from fastbn.kernels.simd import (
 )
 from fastbn.kernels.variants import inline
 
-# Rows of a thread's scratch: constants and accumulators by column. The weights of a tile stand behind them.
+# Rows of a thread's scratch: constants and accumulators by column.
 MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)
 A_ROW, B_ROW, C_ROW, TEMPORARY_ROW = range(2, 6)
-WEIGHT_ROWS = 6
 
 # ------------------------------------------------------------------------------------------------------------------ sums
 
@@ -136,35 +137,39 @@ def coefficients_at(rows, j):
 
 
 @inline
-def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, width, S, scratch, rows, streamed, lead):
+def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, width, S, scratch, rows, streamed, ahead, x_after, dy_after):
     """Row r of a strip; the first `head` columns come before the boundary that streaming needs."""
-    expand_weights(weight, scratch, WEIGHT_ROWS, r, r + 1, S, width)
-    j = 0
+    lead, left = ahead
+    j = position = 0
     if head > 0:
-        w = weight_vector(weight, scratch, WEIGHT_ROWS, r, r, S, j)
-        apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, head, coefficients_at(rows, j))
-        j += head
+        apply_some(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, head, coefficients_at(rows, j))
+        j = head
+        position = next_position(position, head, S)
     while j + LANES <= width:
-        prefetch(xp, j + lead)
-        prefetch(dyp, j + lead)
-        w = weight_vector(weight, scratch, WEIGHT_ROWS, r, r, S, j)
-        apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients_at(rows, j), streamed)
+        prefetch_run(xp, j + lead, left, x_after)
+        prefetch_run(dyp, j + lead, left, dy_after)
+        apply(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, coefficients_at(rows, j), streamed)
         j += LANES
+        position = next_position(position, LANES, S)
     if j < width:
-        w = weight_vector(weight, scratch, WEIGHT_ROWS, r, r, S, j)
-        apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, width - j, coefficients_at(rows, j))
+        apply_some(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, width - j, coefficients_at(rows, j))
 
 
 @inline
-def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, first, last, rest, column, width, S, scratch, streamed, lead):
-    """Rows first..last of a strip, and the `rest` columns of row `last`, as memory lies; prefetch `lead` values on."""
+def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, first, last, rest, column, width, S, scratch, streamed, cached):
+    """Rows first..last of a strip, and the `rest` columns of row `last`, as memory lies; `cached` as in `normalise_rows`."""
+    lead = run_ahead(dx, width)
+    ahead = (lead, 0 if cached else width)
     boundary = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
     means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
     rows = (means, lows, vectors(scratch, A_ROW), vectors(scratch, B_ROW), vectors(scratch, C_ROW))
     for r in range(first, last + (rest > 0)):
         here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
         xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
-        apply_row(xp, dyp, dxp, drp, mask_row(mask, r, column), weight, r, frozen, head, here, S, scratch, rows, around, lead)
+        x_after = moved(xp, width - lead) if cached else row(x, r + 1, column)
+        dy_after = moved(dyp, width - lead) if cached else row(dy, r + 1, column)
+        mp = mask_row(mask, r, column)
+        apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, here, S, scratch, rows, around, ahead, x_after, dy_after)
 
 
 def apply_columns(
@@ -200,8 +205,7 @@ def apply_columns(
         more = rest if b == blocks - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
         expand_coefficients(x, table, grads, mine, c0, channels, S, width)
-        lead = rows_ahead(x, width)
-        apply_rows(x, dy, dx, dresidual, weight, mask, frozen, r0, r1, more, column, width, S, mine, streamed, lead)
+        apply_rows(x, dy, dx, dresidual, weight, mask, frozen, r0, r1, more, column, width, S, mine, streamed, False)
     if streamed:
         fence()
 
@@ -239,6 +243,6 @@ def backward_columns(
             finish_blocks_backward(table, grads, partial, c, count, False)
         expand_coefficients(x, table, grads, mine, c0, channels, S, width)
         # While dx is streamed out, the next strip is prefetched.
-        apply_rows(x, dy, dx, dresidual, weight, mask, None, 0, R, 0, column, width, S, mine, streamed, width)
+        apply_rows(x, dy, dx, dresidual, weight, mask, None, 0, R, 0, column, width, S, mine, streamed, True)
     if streamed:
         fence()

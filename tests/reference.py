@@ -71,7 +71,10 @@ def spread_weights(sample_weight, shape, axis, dtype=np.longdouble):
         return np.ones(shape, dtype)
     w = widen(sample_weight, dtype)
     per_value = w.ndim == len(shape) - 1
-    w = np.expand_dims(w, axis % len(shape)) if per_value else w.reshape((-1,) + (1,) * (len(shape) - 1))
+    if per_value:
+        w = np.expand_dims(w, axis % len(shape))
+    else:  # along the first axis that is not the channels'
+        w = w.reshape([-1 if k == (axis % len(shape) == 0) else 1 for k in range(len(shape))])
     return np.broadcast_to(w, shape)
 
 

@@ -106,29 +106,114 @@ def test_arithmetic_is_lane_by_lane():
         simd.store(out, 0, u + v)
         simd.store(out, 16, u - v)
         simd.store(out, 32, u * v)
-        simd.store(out, 48, simd.smaller(u, v))
-        simd.store(out, 64, simd.larger(u, v))
-        simd.store(out, 80, simd.keep(u, 5))
+        simd.store(out, 48, simd.keep(u, 5))
         bits = simd.bits_above_zero(u)
-        simd.store(out, 96, simd.only(v, bits))
+        simd.store(out, 64, simd.only(v, bits))
         return simd.sum_lanes(u), bits
 
     double = Pointer(types.float64)
     rng = np.random.default_rng(1)
-    a, b, out = rng.standard_normal(LANES), rng.standard_normal(LANES), np.empty((7, LANES))
+    a, b, out = rng.standard_normal(LANES), rng.standard_normal(LANES), np.empty((5, LANES))
     a[3], a[4] = 0.0, np.nan
     total, bits = compiled(every, double, double, double)(a, b, out)
     above = ~(a <= 0)  # what passes a gradient: NaN does
     np.testing.assert_array_equal(out[0], a + b)
     np.testing.assert_array_equal(out[1], a - b)
     np.testing.assert_array_equal(out[2], a * b)
-    finite = ~np.isnan(a)
-    np.testing.assert_array_equal(out[3][finite], np.minimum(a, b)[finite])
-    np.testing.assert_array_equal(out[4][finite], np.maximum(a, b)[finite])
-    np.testing.assert_array_equal(out[5], [*a[:5], *[0] * 11])
-    np.testing.assert_array_equal(out[6], np.where(above, b, 0))
+    np.testing.assert_array_equal(out[3], [*a[:5], *[0] * 11])
+    np.testing.assert_array_equal(out[4], np.where(above, b, 0))
     assert bits == sum(1 << k for k in range(LANES) if above[k])
     assert np.isnan(total)
+
+
+WIDE = pytest.mark.parametrize("wide", [None, True], ids=["float32 lanes", "float64 lanes"])
+
+
+def wide_type(wide):
+    return types.none if wide is None else types.boolean
+
+
+@pytest.mark.parametrize(("name", "wide"), [(name, wide) for name in DTYPES for wide in (None, True) if (name, wide) != ("float64", None)])
+def test_lanes_of_either_kind(name, wide):
+    """What is read into float32 lanes or float64 lanes, computed there and stored, in memory of every dtype."""
+    dtype, element = DTYPES[name]
+
+    def twice_plus(x, y, z, wide, n):
+        v = simd.read(x, 0, wide)
+        simd.store(y, 0, v + v * v)
+        some = simd.keep(simd.read_some(x, 0, n, wide), n - 1)
+        simd.store(z, 0, simd.only(some, simd.bits_above_zero(some)))
+
+    run = compiled(twice_plus, Pointer(element), Pointer(types.float64), Pointer(element), wide_type(wide), I64)
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal(LANES).astype(dtype)
+    y, z = np.empty(LANES), np.empty(LANES, dtype)
+    run(x, y, z, wide, 9)
+    lane = np.float32 if wide is None else np.float64
+    v = x.astype(lane)
+    np.testing.assert_allclose(y, (v + v * v).astype(np.float64), rtol=4 * np.finfo(lane).eps)
+    if wide is None or name == "float32":  # squares of the halves are float32 numbers anyway
+        assert (y == y.astype(np.float32)).all() == (wide is None)
+    expected = np.where((np.arange(LANES) < 8) & (v > 0), v, 0).astype(dtype)
+    np.testing.assert_array_equal(z.astype(np.float64), expected.astype(np.float64))
+
+
+@WIDE
+def test_constants_in_either_kind_of_lanes(wide):
+    """Lanes rounded to float32, workspace read as float32, and a bias that makes up for the mean's rounding; or all as it was."""
+
+    def constants(a, beta, mean, scale, out, wide):
+        memory = simd.lanes_memory(a, wide)
+        simd.store(memory, 0, simd.rounded(simd.load(a, 0), wide))
+        simd.store(out, 0, simd.read(memory, 0, wide))
+        simd.store(out, 16, simd.bias(simd.load(beta, 0), simd.load(mean, 0), simd.load(scale, 0), wide))
+
+    double = Pointer(types.float64)
+    rng = np.random.default_rng(5)
+    a, beta, mean, scale = rng.standard_normal((4, LANES))
+    out, before = np.empty((2, LANES)), a.copy()
+    compiled(constants, double, double, double, double, double, wide_type(wide))(a, beta, mean, scale, out, wide)
+    near = mean.astype(np.float32)
+    np.testing.assert_array_equal(out[0], before.astype(np.float32) if wide is None else before)
+    np.testing.assert_allclose(out[1], beta - (mean - near) * scale if wide is None else beta, rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_centring_and_its_other_half(name):
+    """slope * apart(v) + joined(c) is slope * (v - mean - low) + c, for every dtype of v."""
+    dtype, element = DTYPES[name]
+
+    def line(x, mean, low, slope, c, out):
+        v = simd.apart(x, simd.load(x, 0), simd.load(mean, 0), simd.load(low, 0))
+        m, s = simd.load(mean, 0), simd.load(slope, 0)
+        simd.store(out, 0, s * v + simd.joined(x, simd.load(c, 0), s, m))
+
+    double = Pointer(types.float64)
+    rng = np.random.default_rng(6)
+    x = (1000 + rng.standard_normal(LANES)).astype(dtype)
+    mean, low, slope, c = rng.standard_normal((4, LANES))
+    mean += 1000
+    low *= 1e-14 if name == "float64" else 0
+    out = np.empty(LANES)
+    compiled(line, Pointer(element), double, double, double, double, double)(x, mean, low, slope, c, out)
+    exact = slope * (x.astype(np.longdouble) - mean - low) + c
+    np.testing.assert_allclose(out, exact.astype(np.float64), rtol=0, atol=1e-12 if name != "float64" else 2e-14)
+
+
+def test_weights_of_whole_rows():
+    """A pair (pointer, stride) stands for lanes full of one weight wherever a triple stands for a pointer."""
+
+    def use(pair, triple, out, r):
+        w = simd.plane(pair, r, 5)
+        simd.store(out, 0, simd.load(w, 99))
+        simd.store(out, 16, simd.load_some(simd.row(pair, r, 7), 99, 3))
+        return simd.by_row(pair), simd.by_row(triple), simd.by_row(None), simd.get(w, 99)
+
+    double = Pointer(types.float64)
+    pair, triple = types.Tuple((double, I64)), types.Tuple((double, I64, I64))
+    a, out = np.arange(1.0, 10), np.empty((2, LANES))
+    assert compiled(use, pair, triple, double, I64)((a, 2), (a, 1, 1), out, 3) == (True, False, False, 7.0)
+    np.testing.assert_array_equal(out, [[7] * LANES, [7] * 3 + [0] * 13])
 
 
 def test_sum_is_a_fixed_tree():

@@ -66,6 +66,19 @@ def test_layouts(layout):
     checks.check_both(x, axis=axis, sample_weight=weights("weight per value", (4, 6, 5, 7)))
 
 
+@pytest.mark.parametrize("kind", ["mask per sample", "weight per sample", "weight per value"])
+@pytest.mark.parametrize("layout", ["contiguous", "fortran"])
+@pytest.mark.parametrize("axis", range(5))
+@pytest.mark.parametrize("shape", [(4, 3, 2, 5, 6), (4, 3, 1, 1, 1), (4, 3, 2, 17, 19)], ids=str)
+def test_any_axis(shape, axis, layout, kind):
+    """A sample is an index of the first axis that is not the channels'; wherever its positions lie in memory."""
+    x, _ = inputs.arrange(layout, inputs.normal(shape))
+    last = np.moveaxis(x, axis, 1)
+    if last.shape[0] < 2 or last.size // last.shape[1] < 2:
+        pytest.skip("one value a channel")
+    checks.check_both(x, axis=axis, sample_weight=weights(kind, last.shape))
+
+
 @pytest.mark.parametrize("layout", ["every second sample", "fortran", "negative strides", "big-endian", "read-only"])
 def test_layouts_of_the_weights(layout):
     x = inputs.normal((4, 6, 5, 7))

@@ -16,7 +16,6 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``fence()``                      after streaming, before another thread may read
 ``splat(s)``                     sixteen copies of a scalar
 ``a + b``, ``a - b``, ``a * b``  lane by lane; a * b + c contracts to one FMA where the CPU has it
-``smaller``, ``larger``          lane-wise minimum and maximum
 ``sum_lanes(v)``                 sum in a fixed tree: the same bits everywhere
 ``centre(p, v, mean, low)``      v - mean, and for p in float64 also - low: the mean as two words
 ``apart(p, v, mean, low)``       the same of float64, v of narrower values; ``joined`` makes the constant term fit
@@ -25,7 +24,8 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``only(v, bits)``                v where the bit is set, 0 elsewhere
 ===============================  ==================================================================
 
-A tensor is a tuple (pointer, stride, stride); optional ones are None, and so is whatever is loaded from None.
+A tensor is a tuple (pointer, stride, stride); optional ones are None, and so is whatever is loaded from None. Weights that are the same
+for a whole row or plane are a pair (pointer, stride): what would be a pointer into them is lanes full of the one weight.
 
 Why like this:
 
@@ -44,9 +44,7 @@ from fastbn.kernels.simd.arithmetic import (
     centre,
     joined,
     keep,
-    larger,
     rounded,
-    smaller,
     splat,
     sum_lanes,
 )
@@ -59,6 +57,7 @@ from fastbn.kernels.simd.elements import (
     put_bits,
 )
 from fastbn.kernels.simd.memory import (
+    by_row,
     fence,
     lanes_memory,
     lanes_to_boundary,
@@ -67,7 +66,6 @@ from fastbn.kernels.simd.memory import (
     moved,
     plane,
     prefetch,
-    provided,
     read,
     read_some,
     row,
@@ -94,6 +92,7 @@ __all__ = [
     "bfloat16",
     "bias",
     "bits_above_zero",
+    "by_row",
     "centre",
     "f32x16",
     "f64x16",
@@ -104,14 +103,12 @@ __all__ = [
     "keep",
     "lanes_memory",
     "lanes_to_boundary",
-    "larger",
     "load",
     "load_some",
     "moved",
     "only",
     "plane",
     "prefetch",
-    "provided",
     "put",
     "put_bits",
     "read",
@@ -119,7 +116,6 @@ __all__ = [
     "rounded",
     "row",
     "row_stride",
-    "smaller",
     "splat",
     "store",
     "store_some",

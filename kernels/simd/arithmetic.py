@@ -128,20 +128,6 @@ def sum_lanes(typingctx, v):
     return types.float64(v), codegen
 
 
-def _pick(comparison):
-    @intrinsic
-    def pick(typingctx, a, b):
-        def codegen(context, builder, sig, args):
-            return builder.select(builder.fcmp_ordered(comparison, *args), *args)
-
-        return a(a, b), codegen
-
-    return pick
-
-
-smaller, larger = _pick("<"), _pick(">")
-
-
 def _define(operation, instruction):
     """Give Python's operator a meaning for vectors; `contract` lets a * b + c become one FMA."""
 

@@ -14,6 +14,7 @@ from fastbn.kernels.simd.types import (
     I64,
     absent_gives_none,
     constant,
+    f64x16,
     spread,
     vector_of,
 )
@@ -22,7 +23,9 @@ from fastbn.kernels.simd.types import (
 @intrinsic
 @absent_gives_none
 def get(typingctx, p, i):
-    """One element, as float64."""
+    """One element, as float64; of sixteen lanes the first."""
+    if p == f64x16:
+        return types.float64(p, types.int64), lambda context, builder, sig, args: builder.extract_element(args[0], ir.Constant(I32, 0))
 
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype

@@ -11,15 +11,18 @@ from fastbn.kernels.simd.types import (
     F16,
     F32,
     F64,
+    I1,
     I16,
     I32,
     I64,
     LANES,
     Pointer,
     absent_gives_none,
+    constant,
     f64x16,
     lanes,
     lanes_below,
+    spread,
     vector_of,
 )
 
@@ -64,14 +67,22 @@ def _load(vector):
 @intrinsic
 @absent_gives_none
 def load(typingctx, p, i):
-    """p[i:i+16] as float64."""
+    """p[i:i+16] as float64; sixteen lanes p themselves."""
+    if p == f64x16:
+        return p(p, types.int64), lambda context, builder, sig, args: args[0]
     return f64x16(p, types.int64), _load(f64x16)
 
 
 @intrinsic
 @absent_gives_none
 def load_some(typingctx, p, i, n):
-    """p[i:i+n] as float64, zeros behind."""
+    """p[i:i+n] as float64, zeros behind; sixteen lanes p[:n] likewise."""
+    if p == f64x16:
+
+        def first_lanes(context, builder, sig, args):
+            return builder.select(lanes_below(builder, args[2]), args[0], constant(F64, 0.0))
+
+        return p(p, types.int64, types.int64), first_lanes
     return f64x16(p, types.int64, types.int64), _load(f64x16)
 
 
@@ -161,13 +172,6 @@ def moved(typingctx, p, i):
     return p(p, types.int64), codegen
 
 
-@intrinsic
-@absent_gives_none
-def provided(typingctx, tensor, p):
-    """p, unless the tensor is None."""
-    return p(tensor, p), lambda context, builder, sig, args: args[1]
-
-
 def _tensor_element(builder, tensor_type, tensor, steps):
     """The address of an element of a tensor; steps are (index, place of its stride in the tuple, 0 for a stride of 1)."""
     offset = ir.Constant(I64, 0)
@@ -176,10 +180,28 @@ def _tensor_element(builder, tensor_type, tensor, steps):
     return builder.gep(builder.extract_value(tensor, 0), [offset], source_etype=ELEMENTS[tensor_type[0].dtype])
 
 
+def _of_row(tensor, *indices):
+    """Signature and code for the element of a row, in all lanes, of a pair (pointer to float64, stride of a row)."""
+
+    def codegen(context, builder, sig, args):
+        return spread(builder, builder.load(_tensor_element(builder, sig.args[0], args[0], ((args[1], 1),)), typ=F64), F64)
+
+    return f64x16(tensor, *indices), codegen
+
+
+@intrinsic
+def by_row(typingctx, tensor):
+    """Whether a tensor has one element a row: a pair, not a triple."""
+    known = ir.Constant(I1, not isinstance(tensor, types.NoneType) and len(tensor) == 2)
+    return types.boolean(tensor), lambda context, builder, sig, args: known
+
+
 @intrinsic
 @absent_gives_none
 def plane(typingctx, tensor, n, c):
-    """The pointer to plane (n, c) of a tensor."""
+    """The pointer to plane (n, c) of a tensor; lanes full of element n where it has one a row."""
+    if len(tensor) == 2:
+        return _of_row(tensor, types.int64, types.int64)
 
     def codegen(context, builder, sig, args):
         return _tensor_element(builder, sig.args[0], args[0], ((args[1], 1), (args[2], 2)))
@@ -190,7 +212,9 @@ def plane(typingctx, tensor, n, c):
 @intrinsic
 @absent_gives_none
 def row(typingctx, tensor, r, column):
-    """The pointer to element (r, column) of a tensor."""
+    """The pointer to element (r, column) of a tensor; lanes full of element r where it has one a row."""
+    if len(tensor) == 2:
+        return _of_row(tensor, types.int64, types.int64)
 
     def codegen(context, builder, sig, args):
         return _tensor_element(builder, sig.args[0], args[0], ((args[1], 1), (args[2], 0)))
