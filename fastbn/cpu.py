@@ -211,6 +211,13 @@ def _streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
     return y[1] * f.itemsize % boundary == 0 and not (with_mask and address(y[0]) % boundary)
 
 
+def _both_streamed(dx: Tensor, dresidual: Tensor | None, f: Frame) -> bool:
+    """Whether dx and dresidual are written around the cache: where one vector is aligned, so is the other."""
+    if not _streamed(dx, f, False):
+        return False
+    return dresidual is None or (dx[1] == dresidual[1] and (address(dx[0]) - address(dresidual[0])) % LINE == 0)
+
+
 def _points(p: Plan, x: Tensor, weights: Weights | None) -> tuple[int, int, int]:
     """Offsets in a channel of the three values whose median is the shift."""
     stride = x[1] // p.fold
@@ -383,7 +390,7 @@ def backward(
         count=count,
         constant=frozen,
         frozen=True if frozen else None,
-        streamed=_streamed(dx_tensor, f, False),
+        streamed=_both_streamed(dx_tensor, dresidual_tensor, f),
     )
     present = _present(None, _kind(weights), state.mask, False, dresidual, frozen)
     road = "sweeps" if frozen else s.road
@@ -416,7 +423,8 @@ def apply(
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
     dx, dx_tensor, made = writable(out, dtype, f)
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
-    job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None, streamed=_streamed(dx_tensor, f, False))
+    streamed = _both_streamed(dx_tensor, dresidual_tensor, f)
+    job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None, streamed=streamed)
     dispatch.call("finish_backward", "float64", job)
     present = _present(None, _kind(state.weights), state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)

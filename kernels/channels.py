@@ -7,8 +7,8 @@ the statistics; a context keeps the table for the backward, which needs a second
 import math
 
 from fastbn.kernels import formulas
+from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import get, moved, put
-from fastbn.kernels.variants import inline
 
 # Rows of the forward's table; MEAN to BETA are what normalising reads, FITS says in which lanes.
 GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, FITS = range(8)

@@ -20,6 +20,7 @@ A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements
 """
 
 from fastbn.kernels.channels import BETA, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
+from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import PREFETCH, add_value, flush_bits, normalise, normalise_some, prefetch_run
 from fastbn.kernels.simd import (
     LANES,
@@ -44,7 +45,6 @@ from fastbn.kernels.simd import (
     sum_lanes,
     vectors,
 )
-from fastbn.kernels.variants import inline
 
 # Rows in flight. 1 leaves the memory idle (1.6 to 3 times the time of a copy where 8 takes 1.1 to 1.3), 16 is no better.
 TILE = 8

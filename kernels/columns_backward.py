@@ -16,6 +16,7 @@ from fastbn.kernels.columns import (
     strip_of,
     weight_vector,
 )
+from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import prefetch_run
 from fastbn.kernels.planes_backward import add_products, apply, apply_some, gradient, gradient_some
 from fastbn.kernels.simd import (
@@ -35,7 +36,6 @@ from fastbn.kernels.simd import (
     store,
     vectors,
 )
-from fastbn.kernels.variants import inline
 
 # Rows of a thread's scratch: constants and accumulators by column.
 MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)

@@ -17,6 +17,7 @@ values is summed, then merged with the blocks before it (Chan, Golub and LeVeque
 """
 
 from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel, takes
+from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import (
     LANES,
     bias,
@@ -42,7 +43,6 @@ from fastbn.kernels.simd import (
     sum_lanes,
     vectors,
 )
-from fastbn.kernels.variants import inline
 
 # Columns of a scratch row: three vectors of accumulators, then scalars.
 SUM, SQUARE, WEIGHT = 0, LANES, 2 * LANES

@@ -12,6 +12,7 @@ Versions, in passes over memory (the floor is three):
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
+from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import PREFETCH, head_of, load_sums, prefetch_run, save_sums
 from fastbn.kernels.simd import (
     LANES,
@@ -32,7 +33,6 @@ from fastbn.kernels.simd import (
     stream,
     sum_lanes,
 )
-from fastbn.kernels.variants import inline
 
 # ------------------------------------------------------------------------------------------------------ sums over a plane
 
@@ -96,16 +96,18 @@ def slope(g, xmu, coefficients, w, frozen):
 
 @inline
 def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
-    """dx[j:j+16], and dresidual where there is one."""
+    """dx[j:j+16], and dresidual where there is one; `streamed` only where both are equally aligned."""
     g = gradient(dyp, mp, j)
     xmu = apart(xp, load(xp, j), coefficients[0], coefficients[1])
     v = slope(g, xmu, coefficients, w, frozen)
     if streamed:
         stream(dxp, j, v)
+        if drp is not None:
+            stream(drp, j, g)
     else:
         store(dxp, j, v)
-    if drp is not None:
-        store(drp, j, g)
+        if drp is not None:
+            store(drp, j, g)
 
 
 @inline

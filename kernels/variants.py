@@ -14,9 +14,6 @@ from numba.core.compiler_lock import global_compiler_lock
 from fastbn.kernels.cache import KernelCache
 from fastbn.kernels.simd import Pointer, bfloat16
 
-# A helper is never called from Python: leaving out its wrappers saves a quarter of the compilation.
-inline = njit(forceinline=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
 OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen", "wide")
 
