@@ -22,7 +22,7 @@ Array = NDArray[Any]
 Tensor = tuple[Array, int, int]
 
 # Rows of the tables, as in kernels/channels.py, which is not imported before it is needed: it imports Numba.
-GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, FITS = range(8)
+GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)
 SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
 
 # Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.

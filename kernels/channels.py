@@ -10,8 +10,8 @@ from fastbn.kernels import formulas
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import get, moved, put
 
-# Rows of the forward's table; MEAN to BETA are what normalising reads, FITS says in which lanes.
-GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, FITS = range(8)
+# Rows of the forward's table; MEAN to BETA are what normalising reads, in float32 lanes with ANCHOR for MEAN (NaN: not in those).
+GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)
 TABLE_ROWS = 8
 # Rows of the backward's table: the two sums over a channel, and dx = A * dy + B * (x - mean) + C.
 SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
@@ -21,7 +21,7 @@ merge = inline(formulas.merge)
 exact_sum = inline(formulas.exact_sum)
 backward_coefficients = inline(formulas.backward_coefficients)
 running_average = inline(formulas.running_average)
-fits_float32 = inline(formulas.fits_float32)
+float32_anchor = inline(formulas.float32_anchor)
 
 
 @inline
@@ -49,9 +49,8 @@ def finish_scale(table, c, eps):
     """1/std and scale of a channel, and whether float32 lanes can normalise it. 1 if not, 0 if so."""
     table[INVSTD, c] = 1.0 / math.sqrt(table[VAR, c] + eps)
     table[SCALE, c] = table[GAMMA, c] * table[INVSTD, c]
-    fits = fits_float32(table[MEAN, c], table[SCALE, c], table[BETA, c])
-    table[FITS, c] = 1.0 if fits else 0.0
-    return 0 if fits else 1
+    table[ANCHOR, c] = float32_anchor(table[MEAN, c], table[VAR, c], table[SCALE, c], table[BETA, c])
+    return 1 if math.isnan(table[ANCHOR, c]) else 0
 
 
 @inline
@@ -71,8 +70,8 @@ def takes(table, c, wide):
     In float32 lanes (`wide` is None) it takes those that fit, in float64 lanes all of them or, as a second run, the others.
     """
     if wide is None:
-        return table[FITS, c] != 0.0
-    return wide or table[FITS, c] == 0.0
+        return not math.isnan(table[ANCHOR, c])
+    return wide or math.isnan(table[ANCHOR, c])
 
 
 @inline
@@ -86,7 +85,7 @@ def finish_blocks(table, partial, c, eps):
 
 
 def finish_stats(table, partial, C, eps):
-    """The rows MEAN to SCALE and FITS from the moments of blocks; a row of partial is (count, mean - shift, M2, shift).
+    """The rows MEAN to SCALE and ANCHOR from the moments of blocks; a row of partial is (count, mean - shift, M2, shift).
 
     How many channels do not fit float32 lanes.
     """
@@ -97,7 +96,7 @@ def finish_stats(table, partial, C, eps):
 
 
 def finish_given(table, C, eps):
-    """INVSTD, SCALE and FITS where mean and variance are given. How many channels do not fit float32 lanes."""
+    """INVSTD, SCALE and ANCHOR where mean and variance are given. How many channels do not fit float32 lanes."""
     unfit = 0
     for c in range(C):
         unfit += finish_scale(table, c, eps)

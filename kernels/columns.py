@@ -19,7 +19,7 @@ Versions, with what each gained on 2 threads of an AVX-512 machine, as multiples
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
 
-from fastbn.kernels.channels import BETA, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
+from fastbn.kernels.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import PREFETCH, add_value, flush_bits, normalise, normalise_some, prefetch_run
 from fastbn.kernels.simd import (
@@ -243,14 +243,15 @@ def takes_strip(table, first, channels, wide):
 def expand_constants(table, scratch, first, channels, S, width, wide):
     """Mean, its second word (float64 lanes only), scale and bias by column, for the channels from `first` on."""
     for k in range(min(4, table.shape[0])):  # MEAN, LOW, SCALE, BETA
-        values = moved(vectors(table, MEAN + k), first)
+        values = moved(vectors(table, ANCHOR if wide is None and k == MEAN_ROW else MEAN + k), first)
         if wide is None and k == BIAS_ROW:
+            means, anchors = moved(vectors(table, MEAN), first), moved(vectors(table, ANCHOR), first)
+            scales, betas = moved(vectors(table, SCALE), first), values
             values = vectors(scratch, TEMPORARY_ROW)
-            means, scales = moved(vectors(table, MEAN), first), moved(vectors(table, SCALE), first)
             for c in range(0, channels, LANES):
                 n = min(LANES, channels - c)
-                beta = load_some(moved(vectors(table, BETA), first), c, n)
-                store(values, c, bias(beta, load_some(means, c, n), load_some(scales, c, n), wide))
+                mean, anchor, scale = load_some(means, c, n), load_some(anchors, c, n), load_some(scales, c, n)
+                store(values, c, bias(load_some(betas, c, n), mean, anchor, scale, wide))
         if wide is not None or k != LOW_ROW:
             expand(constants(scratch, k, wide), values, channels, S, width)
 

@@ -16,7 +16,7 @@ Moments are gathered around a shift K that is a value of the channel, so that no
 values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983).
 """
 
-from fastbn.kernels.channels import BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel, takes
+from fastbn.kernels.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import (
     LANES,
@@ -199,7 +199,8 @@ def flush_bits(mp, carry, stop):
 def channel_vectors(table, c, wide):
     """(mean, its second word, scale, bias) of a channel, in the lanes that `wide` stands for."""
     mean, low, scale, beta = splat(table[MEAN, c]), splat(table[LOW, c]), splat(table[SCALE, c]), splat(table[BETA, c])
-    return rounded(mean, wide), rounded(low, wide), rounded(scale, wide), rounded(bias(beta, mean, scale, wide), wide)
+    anchor = splat(table[ANCHOR if wide is None else MEAN, c])
+    return rounded(anchor, wide), rounded(low, wide), rounded(scale, wide), rounded(bias(beta, mean, anchor, scale, wide), wide)
 
 
 @inline
@@ -269,7 +270,7 @@ def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, wide, channel, s
 def forward_planes(
     x, y, residual, weight, mask, relu, wide, N, S, table, eps, points, scratch, thread, first, last, group, planes_a_block, streamed
 ):
-    """Training forward of the channels first..last: y, and the rows MEAN to SCALE and FITS of the table.
+    """Training forward of the channels first..last: y, and the rows MEAN to SCALE and ANCHOR of the table.
 
     The group of channels at hand is normalised while the next group is gathered. How many channels do not fit float32 lanes: if that
     is what they were normalised in, their y is to be written again.

@@ -162,20 +162,20 @@ def test_lanes_of_either_kind(name, wide):
 def test_constants_in_either_kind_of_lanes(wide):
     """Lanes rounded to float32, workspace read as float32, and a bias that makes up for the mean's rounding; or all as it was."""
 
-    def constants(a, beta, mean, scale, out, wide):
+    def constants(a, beta, mean, anchor, scale, out, wide):
         memory = simd.lanes_memory(a, wide)
         simd.store(memory, 0, simd.rounded(simd.load(a, 0), wide))
         simd.store(out, 0, simd.read(memory, 0, wide))
-        simd.store(out, 16, simd.bias(simd.load(beta, 0), simd.load(mean, 0), simd.load(scale, 0), wide))
+        simd.store(out, 16, simd.bias(simd.load(beta, 0), simd.load(mean, 0), simd.load(anchor, 0), simd.load(scale, 0), wide))
 
     double = Pointer(types.float64)
     rng = np.random.default_rng(5)
-    a, beta, mean, scale = rng.standard_normal((4, LANES))
+    a, beta, mean, anchor, scale = rng.standard_normal((5, LANES))
     out, before = np.empty((2, LANES)), a.copy()
-    compiled(constants, double, double, double, double, double, wide_type(wide))(a, beta, mean, scale, out, wide)
-    near = mean.astype(np.float32)
+    compiled(constants, *[double] * 6, wide_type(wide))(a, beta, mean, anchor, scale, out, wide)
+    m = anchor.astype(np.float32)
     np.testing.assert_array_equal(out[0], before.astype(np.float32) if wide is None else before)
-    np.testing.assert_allclose(out[1], beta - (mean - near) * scale if wide is None else beta, rtol=1e-15)
+    np.testing.assert_allclose(out[1], beta - (mean - m) * scale if wide is None else beta, rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -10,7 +10,7 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``read``, ``read_some``          the same in float32 lanes, or float64 where the last argument is not None
 ``rounded(v, wide)``             float64 lanes as float32 lanes, or as they are where `wide` is not None
 ``lanes_memory(p, wide)``        workspace of float64, or the same as float32, for such lanes
-``bias(beta, mean, scale, ..)``  beta, and what rounding the mean to such lanes leaves out
+``bias(beta, mean, m, scale, w)`` beta - (mean - m) * scale for float32 lanes, which subtract m; beta if `w` is not None
 ``store``, ``store_some``        the reverse, rounding once to the memory's dtype
 ``stream(p, i, v)``              store around the cache; p + i must be `lanes_to_boundary` aligned
 ``fence()``                      after streaming, before another thread may read

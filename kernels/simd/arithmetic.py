@@ -35,11 +35,6 @@ def splat(typingctx, s):
     return f64x16(types.float64), codegen
 
 
-def _left_out(builder, mean):
-    """What float32 leaves out of a mean."""
-    return builder.fsub(mean, builder.fpext(builder.fptrunc(mean, vector_of(F32)), vector_of(F64)))
-
-
 @intrinsic
 def rounded(typingctx, v, wide):
     """float64 lanes as float32 lanes, or as they are where `wide` is not None."""
@@ -51,15 +46,17 @@ def rounded(typingctx, v, wide):
 
 
 @intrinsic
-def bias(typingctx, beta, mean, scale, wide):
-    """b of y = (x - m) * scale + b in float64 lanes, where m is the mean in the lanes of `wide`: what those leave out goes into b."""
+def bias(typingctx, beta, mean, anchor, scale, wide):
+    """b of y = (x - m) * scale + b: m is the anchor rounded to float32; or the mean, so that b is beta, if `wide` is not None."""
 
     def codegen(context, builder, sig, args):
+        beta_, mean_, anchor_, scale_ = args[:4]
         if lanes(wide) == f64x16:
-            return args[0]
-        return builder.fsub(args[0], builder.fmul(_left_out(builder, args[1]), args[2]))
+            return beta_
+        m = builder.fpext(builder.fptrunc(anchor_, vector_of(F32)), vector_of(F64))
+        return builder.fsub(beta_, builder.fmul(builder.fsub(mean_, m), scale_))
 
-    return f64x16(beta, mean, scale, wide), codegen
+    return f64x16(beta, mean, anchor, scale, wide), codegen
 
 
 @intrinsic
