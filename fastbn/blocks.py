@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, functional
+from fastbn import checks, cpu, functional, memory
 from fastbn.context import Context
 from fastbn.statistics import Moments
 
@@ -108,9 +108,9 @@ def batch_norm_forward_apply(
     else:  # no part has any value
         table[cpu.MEAN], table[cpu.LOW], table[cpu.VAR] = 0.0, 0.0, 0.0
     if x.size:
-        x_native = cpu.native(x)
-        frame = cpu.frame_of(x_native, axis, dtype, weight is not None)
-        weights = None if weight is None else cpu.weights_of(weight, frame)
+        x_native = memory.native(x)
+        frame = memory.frame_of(x_native, axis, dtype, weight is not None)
+        weights = None if weight is None else memory.weights_of(weight, frame)
         _check_count(moments, float(frame.plan.count) if weights is None else weights.total, weights is None, x, axis)
         if weights is not None and mean is not None and unbiased and effective_count is None and weights.total != weights.effective:
             raise ValueError(

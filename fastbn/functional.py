@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, gpu
+from fastbn import checks, cpu, gpu, memory
 from fastbn.context import Context
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def batch_norm_forward(
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     if x.size == 0:
         return _forward_of_nothing(x, axis, training, residual is not None, relu, gamma_, beta_, mean, var, eps, table, out)
-    x_native = cpu.native(x)
-    frame = cpu.frame_of(x_native, axis, dtype, weight is not None)
-    weights = None if weight is None else cpu.weights_of(weight, frame)
+    x_native = memory.native(x)
+    frame = memory.frame_of(x_native, axis, dtype, weight is not None)
+    weights = None if weight is None else memory.weights_of(weight, frame)
     count = float(frame.plan.count)
     effective = count
     if training:
@@ -161,7 +161,7 @@ def batch_norm_forward(
     return y, ctx
 
 
-def _check_weights(weights: cpu.Weights, x: Array, axis: int) -> None:
+def _check_weights(weights: memory.Weights, x: Array, axis: int) -> None:
     if weights.positive < 2:
         raise ValueError(
             f"sample_weight leaves {weights.positive} of {x.size // x.shape[axis]} positions per channel of x with shape {x.shape} on axis "
@@ -345,8 +345,8 @@ def batch_norm_inference(
         return np.empty_like(x) if out is None else out
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     table[cpu.MEAN], table[cpu.VAR], table[cpu.LOW] = mean_, var_, 0.0
-    x_native = cpu.native(x)
-    frame = cpu.frame_of(x_native, axis, dtype, False)
+    x_native = memory.native(x)
+    frame = memory.frame_of(x_native, axis, dtype, False)
     return cpu.normalise(x_native, frame, table, eps, True, relu, False, residual, None, out, x.dtype)[0]
 
 
@@ -384,9 +384,9 @@ def moments(x: Array, *, axis: int = 1, sample_weight: Array | None = None) -> M
     weight = checks.weights(sample_weight, x, axis)
     if x.size == 0:
         return Moments.empty(x.shape[axis])
-    x = cpu.native(x)
-    frame = cpu.frame_of(x, axis, dtype, weight is not None)
-    weights = None if weight is None else cpu.weights_of(weight, frame)
+    x = memory.native(x)
+    frame = memory.frame_of(x, axis, dtype, weight is not None)
+    weights = None if weight is None else memory.weights_of(weight, frame)
     count = float(frame.plan.count) if weights is None else weights.total
     if count == 0.0:
         return Moments.empty(x.shape[axis])

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, dispatch, layout
+from fastbn import checks, cpu, dispatch, layout, memory
 from fastbn.dispatch import TABLE
 
 Array = NDArray[Any]
@@ -125,7 +125,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
         )
     as_read, reason = _as_read(x)
     p = layout.plan(x.shape, as_read, axis, x.itemsize, bool(sample_weight))
-    frame = cpu.Frame(x.shape, axis, dtype, x.itemsize, p)
+    frame = memory.Frame(x.shape, axis, dtype, x.itemsize, p)
     if not reason and p.copied:
         reason = _why_strides(x)
     forward, backward = dispatch.schedule(p, x.itemsize, 1), dispatch.schedule(p, x.itemsize, 2)
@@ -151,14 +151,14 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
             "backward": TABLE["backward", p.family, backward.road],
         },
         threads=dispatch.threads_for(x.size),
-        streamed=cpu._streamed((x, *y), frame, False),  # y's strides; its address matters to masks alone
+        streamed=memory.streamed((x, *y), frame, False),  # y's strides; its address matters to masks alone
         copied=bool(reason),
         reason=reason or "the kernels read x where it is",
     )
 
 
 def _as_read(x: Array) -> tuple[tuple[int, ...], str]:
-    """The strides with which x reaches the layout, and why it is copied before, or ''. The copy is what `cpu.native` makes."""
+    """The strides with which x reaches the layout, and why it is copied before, or ''. The copy is what `memory.native` makes."""
     if x.dtype.isnative and x.flags.aligned:
         return x.strides, ""
     if not x.dtype.isnative:
@@ -273,12 +273,12 @@ def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, .
         wide = cpu.wide_lanes(dtype, residual)
         for weights in ("weight", "row_weight") if "weights" in chosen else (None,):
             found |= {
-                ("forward", cpu._present(residual, weights, mask, relu, wide=wide), False),
-                ("moments", cpu._present(None, weights, None, False), False),
-                ("inference", cpu._present(residual, None, None, relu, wide=wide), False),
-                ("backward", cpu._present(None, weights, mask, False, residual), False),
+                ("forward", cpu.present_arguments(residual, weights, mask, relu, wide=wide), False),
+                ("moments", cpu.present_arguments(None, weights, None, False), False),
+                ("inference", cpu.present_arguments(residual, None, None, relu, wide=wide), False),
+                ("backward", cpu.present_arguments(None, weights, mask, False, residual), False),
                 # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
-                ("inference", cpu._present(residual, None, mask, relu, wide=wide), False),
-                ("backward", cpu._present(None, None, mask, False, residual, True), True),
+                ("inference", cpu.present_arguments(residual, None, mask, relu, wide=wide), False),
+                ("backward", cpu.present_arguments(None, None, mask, False, residual, True), True),
             }
     return found
