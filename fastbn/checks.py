@@ -90,7 +90,7 @@ def vector(a: Any, name: str, x: Array, axis: int) -> Array | None:
     """
     if a is None:
         return None
-    known: Array = array(a, name)
+    known: Array = a if type(a) is np.ndarray else array(a, name)
     if known.dtype.char in "fd" and known.shape == (x.shape[axis],):
         return known
     if known.dtype.char not in "fd":
@@ -133,8 +133,9 @@ def apart(mean: Array, var: Array, read: tuple[tuple[str, Array | None], ...]) -
     ------
     ValueError
     """
+    own = mean.base is None and var.base is None
     for name, a in read:
-        if a is None:
+        if a is None or (own and a.base is None and a is not mean and a is not var):  # each has memory of its own
             continue
         for ours, statistic in (("running_mean", mean), ("running_var", var)):
             if _may_overlap(statistic, a) and overlap(statistic, a):

@@ -206,8 +206,16 @@ def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tu
     Channels that do not fit float32 lanes (kernels/formulas.py says which) are normalised once more, in float64 lanes.
     """
     unfit = 0
-    for this in program(operation, p.family, road, dtype, present):
-        unfit += _run(this, s, job, threads)
+    steps = program(operation, p.family, road, dtype, present)
+    if threads == 1 and job["pieces"] == 1:  # a small call: the shortest way
+        job["thread"] = job["first"] = 0
+        for this in steps:
+            if this.split:
+                job["last"] = s.tasks[this.split]
+            unfit += this.kernel(*this.arguments(job)) or 0
+    else:
+        for this in steps:
+            unfit += _run(this, s, job, threads)
     if unfit and job.get("wide", True) is None:
         job["wide"] = False
         _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)

@@ -85,22 +85,23 @@ def native(x: Array) -> Array:
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...]) -> Array:
     """An uninitialised array whose axes lie in memory in `order`; large ones start at a cache line, so that they can be streamed."""
-    in_memory = tuple(shape[a] for a in order)
-    size = dtype.itemsize
-    for n in in_memory:
-        size *= n
+    inverse = _inverse(order)
+    in_memory = shape if inverse is None else tuple(shape[a] for a in order)
+    size = dtype.itemsize * math.prod(shape)
     if size < STREAM_FROM:
         a = np.empty(in_memory, dtype)
     else:
         raw = np.empty(size + LINE, np.uint8)
         offset = -address(raw) % LINE
         a = raw[offset : offset + size].view(dtype).reshape(in_memory)
-    return a if order == tuple(range(len(order))) else a.transpose(_inverse(order))
+    return a if inverse is None else a.transpose(inverse)
 
 
 @lru_cache(maxsize=256)
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(order.index(a) for a in range(len(order)))
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...] | None:
+    """How an array with axes in this order is transposed to their own; None if it need not be."""
+    in_order = tuple(range(len(order)))
+    return None if order == in_order else tuple(order.index(a) for a in in_order)
 
 
 @lru_cache(maxsize=1024)
