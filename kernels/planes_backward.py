@@ -2,7 +2,9 @@
 
 With g = dy where the ReLU passed and 0 elsewhere, a channel needs two sums, of g and of g * (x - mean); then
 
-    dx = A * g + B * (x - mean) + C,   dresidual = g.
+    dx = A * g + B * (x - mean) + C,   dresidual = g,
+
+in float64 lanes for every dtype: float32 would lose the bound where B * (x - mean) is much larger than A * g, which takes one outlier.
 
 Versions, in passes over memory (the floor is three):
 
