@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, functional, memory
+from fastbn import checks, cpu, memory, running
 from fastbn.context import Context
 from fastbn.statistics import Moments
 
@@ -129,7 +129,7 @@ def batch_norm_forward_apply(
         table[cpu.INVSTD] = 1.0 / np.sqrt(table[cpu.VAR] + eps)
         y = np.empty_like(x) if out is None else out
     if mean is not None and var is not None and moments.count:
-        functional._update_running(table, mean, var, momentum, n / (n - 1.0) if unbiased else 1.0)
+        running.update(table, mean, var, momentum, n / (n - 1.0) if unbiased else 1.0)
     dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
     return y, Context(x, axis, True, moments.count, residual is not None, relu, *dtypes, table, state)
 

@@ -7,13 +7,12 @@ with mean and variance of each channel over all other axes (Ioffe and Szegedy 20
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, gpu, memory
+from fastbn import checks, cpu, gpu, memory, running
 from fastbn.context import Context
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ def batch_norm_forward(
         cpu.State(frame, table, mask, weights if training else None),
     )
     if training and mean is not None and var is not None:
-        _update_running(table, mean, var, momentum, _correction(effective) if unbiased else 1.0)
+        running.update(table, mean, var, momentum, running.correction(effective) if unbiased else 1.0)
     return y, ctx
 
 
@@ -190,38 +189,6 @@ def _forward_of_nothing(
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     ctx = Context(x, axis, bool(training), 0.0, has_residual, relu, *dtypes, table, None)
     return np.empty_like(x) if out is None else out, ctx
-
-
-def _correction(n: float) -> float:
-    """n / (n - 1); infinite, so that running_var is left alone, where all but one weight are vanishingly small."""
-    return n / (n - 1.0) if n > 1.0 else float("inf")
-
-
-def _update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float) -> None:
-    """The last step of training: all channels, or all but those that are not finite."""
-    if mean.dtype == var.dtype and mean.dtype.isnative and mean.flags.aligned and var.flags.aligned:
-        new_mean, new_var = mean, var
-    else:
-        common = np.result_type(mean, var).newbyteorder("=")
-        new_mean, new_var = mean.astype(common), var.astype(common)
-    single = mean.itemsize == 4 or var.itemsize == 4
-    limit = cpu.LARGEST["float32" if single else "float64"]
-    before = mean.copy(), var.copy()
-    try:
-        skipped = cpu.update_running(table, new_mean, new_var, momentum, correction, limit, False)
-        if skipped:
-            warnings.warn(
-                f"{skipped} of {len(mean)} channels have statistics that are not finite in {'float32' if single else 'float64'}; "
-                "their running statistics stay as they were",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            cpu.update_running(table, new_mean, new_var, momentum, correction, limit, True)
-        if new_mean is not mean:
-            mean[...], var[...] = new_mean, new_var
-    except BaseException:  # Ctrl-C among them, which may strike after the kernel has returned
-        mean[...], var[...] = before
-        raise
 
 
 def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) -> tuple[Array | None, ...]:
