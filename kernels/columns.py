@@ -26,7 +26,7 @@ A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements
 
 from fastbn.kernels.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import PREFETCH, add_value, flush_bits, normalise, normalise_some, prefetch_run
+from fastbn.kernels.planes import flush_bits, normalise, normalise_some, prefetch_run
 from fastbn.kernels.simd import (
     LANES,
     bias,
@@ -43,111 +43,19 @@ from fastbn.kernels.simd import (
     put,
     read,
     row,
-    row_stride,
     splat,
     store,
-    store_some,
-    sum_lanes,
     vectors,
 )
-
-# Rows in flight. 1 leaves the memory idle (1.6 to 3 times the time of a copy where 8 takes 1.1 to 1.3), 16 is no better.
-TILE = 8
-# Values between a load and the prefetch of what comes: the hardware's own prefetcher loses the thread when eight rows of 1 or 2 KB
-# are read side by side (3 times the time without).
-AHEAD = 4096
+from fastbn.kernels.strips import clear, collapse, expand, next_position, next_tile, rows_ahead, run_ahead, strip_of, weight_vector
+from fastbn.kernels.sums import add_value
 
 # Rows of a thread's scratch: constants and accumulators by column.
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
 MEAN_ROW, LOW_ROW, SCALE_ROW, BIAS_ROW, TEMPORARY_ROW = range(5)
 
 
-@inline
-def strip_of(strip, group, C, S, fold):
-    """First channel, number of channels, first column and width of a strip of `group` channels."""
-    first = strip * group
-    channels = min(group, C - first)
-    return first, channels, first * S, channels * S * fold
-
-
-@inline
-def spread(p, j, value, S):
-    """p[j:j+S] = value. Whole vectors: what they write behind is written again by the next channel, or is padding."""
-    v = splat(value)
-    for s in range(0, S, LANES):
-        store(p, j + s, v)
-
-
-@inline
-def expand(p, values, channels, S, width):
-    """p[j] = values[channel of column j]."""
-    if S == 1:  # whole vectors at a time: at (64, 128) one by one took half of the call's time in kernels
-        for start in range(0, width, channels):
-            for c in range(0, channels, LANES):
-                store(p, start + c, load_some(values, c, min(channels - c, LANES)))
-    else:
-        for start in range(0, width, channels * S):
-            for c in range(channels):
-                spread(p, start + c * S, get(values, c), S)
-
-
-@inline
-def collapse(p, channels, S, width):
-    """p[c] = sum of p[j] over the columns of channel c, in an order that depends on the shape alone."""
-    if S == 1:
-        for c in range(0, channels, LANES):
-            n = min(channels - c, LANES)
-            sums = load_some(p, c, n)
-            for start in range(channels, width, channels):
-                sums += load_some(p, start + c, n)
-            store_some(p, c, sums, n)
-    else:
-        for c in range(channels):
-            sums = splat(0.0)
-            for start in range(c * S, width, channels * S):
-                for s in range(0, S, LANES):
-                    sums += load_some(p, start + s, min(S - s, LANES))
-            put(p, c, sum_lanes(sums))  # column c was read before, or is column c of this channel
-
-
-@inline
-def clear(p, width):
-    """p[:width] = 0, in whole vectors."""
-    for j in range(0, width, LANES):
-        store(p, j, splat(0.0))
-
-
 # --------------------------------------------------------------------------------------------------------------- moments
-
-
-@inline
-def weight_vector(weight, r, k):
-    """The weights of sixteen columns of row r, of which the first is position k: those of S positions, over and over.
-
-    A row of weights holds S + 16 of them, so that sixteen lie side by side from every position on.
-    """
-    return load(row(weight, r, 0), k)
-
-
-@inline
-def next_position(k, step, S):
-    """The position of the column `step` columns behind one of position k."""
-    k += step
-    while k >= S:
-        k -= S
-    return k
-
-
-@inline
-def rows_ahead(x, width):
-    """How far a sweep prefetches: the next tile, or AHEAD values where rows are short."""
-    return max(TILE, AHEAD // max(width, 1)) * row_stride(x)
-
-
-@inline
-def run_ahead(tensor, width):
-    """How far a sweep of row after row prefetches: beyond the end of a row, in the next one."""
-    return PREFETCH if row_stride(tensor) == width else min(PREFETCH, width)
 
 
 @inline
@@ -173,12 +81,6 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
         store(sums, j, acc[0])
         store(squares, j, acc[1])
         position = next_position(position, LANES, S)
-
-
-@inline
-def next_tile(r, last):
-    """Where the tile that starts at row r ends; the incomplete row `last`, if there is one, is a tile of its own."""
-    return r + 1 if r == last else min(r + TILE, last)
 
 
 @inline

@@ -5,17 +5,6 @@ sweep everything once each; `backward_columns` takes short planes strip by strip
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
-from fastbn.kernels.columns import (
-    clear,
-    collapse,
-    expand,
-    next_position,
-    next_tile,
-    rows_ahead,
-    run_ahead,
-    strip_of,
-    weight_vector,
-)
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import prefetch_run
 from fastbn.kernels.planes_backward import add_products, apply, apply_some, gradient, gradient_some
@@ -36,6 +25,7 @@ from fastbn.kernels.simd import (
     store,
     vectors,
 )
+from fastbn.kernels.strips import clear, collapse, expand, next_position, next_tile, rows_ahead, run_ahead, strip_of, weight_vector
 
 # Rows of a thread's scratch: constants and accumulators by column.
 MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)

@@ -19,7 +19,7 @@ values is summed, then merged with the blocks before it (Chan, Golub and LeVeque
 for float32, for those channels alone that fit; True for float64; False for float64, and for those channels alone that did not fit.
 """
 
-from fastbn.kernels.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, merge, moments_of_sums, shift_of_channel, takes
+from fastbn.kernels.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import (
     LANES,
@@ -44,12 +44,19 @@ from fastbn.kernels.simd import (
     store_some,
     stream,
     sum_lanes,
-    vectors,
 )
-
-# Columns of a scratch row: three vectors of accumulators, then scalars.
-SUM, SQUARE, WEIGHT = 0, LANES, 2 * LANES
-SHIFT, COUNT, AVERAGE, M2 = range(3 * LANES, 3 * LANES + 4)
+from fastbn.kernels.sums import (
+    AVERAGE,
+    COUNT,
+    M2,
+    SHIFT,
+    add_value,
+    block_moments,
+    close_block,
+    load_sums,
+    open_channel,
+    save_sums,
+)
 
 # Values between a load and the prefetch of what comes, into the next run where this one ends: a plane of 12 KB is too short for the
 # hardware's prefetcher (32x256x56x56: 3.1 times a streaming copy without, 1.3 with; 1024 to 8192 differ by less than a tenth).
@@ -57,17 +64,6 @@ PREFETCH = 2048
 
 
 # ---------------------------------------------------------------------------------------------------- moments of a plane
-
-
-@inline
-def add_value(sums, e, w):
-    """Add sixteen deviations e to (sum, sum of squares, sum of weights). Where the weight is 0, e may be NaN."""
-    s, q, t = sums
-    if w is None:
-        return s + e, q + e * e, t
-    e = only(e, bits_above_zero(w))
-    we = w * e
-    return s + we, q + we * e, t + w
 
 
 @inline
@@ -93,51 +89,6 @@ def gather_plane(xp, wp, start, stop, shift, sums):
     if j < stop:
         sums = gather_some(xp, wp, j, stop - j, k, sums)
     return sums
-
-
-@inline
-def open_channel(scratch, row, shift):
-    """Start a channel: nothing gathered yet."""
-    at = vectors(scratch, row)
-    for k in range(0, 3 * LANES, LANES):
-        store(at, k, splat(0.0))
-    scratch[row, SHIFT] = shift
-    scratch[row, COUNT] = 0.0
-    scratch[row, AVERAGE] = 0.0
-    scratch[row, M2] = 0.0
-
-
-@inline
-def load_sums(scratch, row):
-    at = vectors(scratch, row)
-    return load(at, SUM), load(at, SQUARE), load(at, WEIGHT)
-
-
-@inline
-def save_sums(scratch, row, sums):
-    at = vectors(scratch, row)
-    store(at, SUM, sums[0])
-    store(at, SQUARE, sums[1])
-    store(at, WEIGHT, sums[2])
-
-
-@inline
-def block_moments(sums, count):
-    """Count, mean (relative to the shift) and M2 of what `sums` gathered."""
-    return moments_of_sums(sum_lanes(sums[0]), sum_lanes(sums[1]), count)
-
-
-@inline
-def close_block(scratch, row, weighted, elements):
-    """Merge the open block into the channel and start the next."""
-    sums = load_sums(scratch, row)
-    count = float(elements) if weighted is None else sum_lanes(sums[2])
-    n, d, m2 = block_moments(sums, count)
-    if n > 0.0:
-        n, d, m2 = merge(scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], n, d, m2)
-        scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2] = n, d, m2
-    zero = splat(0.0)
-    save_sums(scratch, row, (zero, zero, zero))
 
 
 # ------------------------------------------------------------------------------------------------- output of a plane

@@ -15,7 +15,7 @@ Versions, in passes over memory (the floor is three):
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import PREFETCH, head_of, load_sums, prefetch_run, save_sums
+from fastbn.kernels.planes import PREFETCH, head_of, prefetch_run
 from fastbn.kernels.simd import (
     LANES,
     apart,
@@ -35,6 +35,7 @@ from fastbn.kernels.simd import (
     stream,
     sum_lanes,
 )
+from fastbn.kernels.sums import load_sums, save_sums
 
 # ------------------------------------------------------------------------------------------------------ sums over a plane
 
