@@ -136,7 +136,7 @@ def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict
         tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
         return "channels" if fused else "sweeps", group, blocks, planes, tasks
     if p.S == 1 or p.fold > 1:
-        group = p.C if p.fold > 1 else min(p.C, 512)
+        group = p.C if p.fold > 1 else min(p.C, 1024)
         strips = -(-p.C // group)
         rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 18))), -(-512 // (p.fold * p.S)))
         blocks = max(1, -(-p.rows // rows))
