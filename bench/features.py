@@ -7,6 +7,7 @@ minima of the rounds, beside the target. ReLU and residual done apart with NumPy
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,36 @@ def apart(x, dy, gamma, beta, axis) -> dict[str, Callable[[], object]]:
     return {"forward, relu apart": forward, "forward, residual relu apart": forward_residual, "backward, relu apart": backward}
 
 
+def verify(last: bool) -> None:
+    """Every forward that is timed, on a small array, against the formula in float64; the tests hold all of this to 1e-6.
+
+    Raises
+    ------
+    AssertionError
+    """
+    rng = np.random.default_rng(1)
+    shape = (4, 6, 5, 3) if last else (4, 3, 6, 5)
+    axis = 3 if last else 1
+    x, residual = rng.standard_normal((2, *shape), np.float32)
+    gamma, beta = np.float32([1, 2, 0.5]), np.float32([0, 1, -1])
+    weights = {"": None, "weights": rng.uniform(0.1, 2, shape[:3] if last else (4, 6, 5)), "weights (N,)": np.array([1, 0, 1, 1], bool)}
+    for (name, w), relu, added in itertools.product(weights.items(), (False, True), (False, True)):
+        full = np.ones(1) if w is None else np.expand_dims(w, axis) if w.ndim == 3 else w.reshape(-1, 1, 1, 1)
+        full = np.broadcast_to(full, shape).astype(np.float64)
+        axes = tuple(a for a in range(4) if a != axis)
+        mean = (x * full).sum(axes, keepdims=True) / full.sum(axes, keepdims=True)
+        var = ((x - mean) ** 2 * full).sum(axes, keepdims=True) / full.sum(axes, keepdims=True)
+        exact = (x - mean) / np.sqrt(var + 1e-5) * np.moveaxis(gamma.reshape(3, 1, 1, 1), 0, axis)
+        exact += np.moveaxis(beta.reshape(3, 1, 1, 1), 0, axis) + (residual if added else 0)
+        features = {"activation": "relu" if relu else None, "residual": residual if added else None, "sample_weight": w}
+        y, _ = fastbn.batch_norm_forward(x, gamma, beta, axis=axis, **features)
+        np.testing.assert_allclose(y, np.maximum(exact, 0) if relu else exact, rtol=2e-6, atol=2e-6, err_msg=f"{name} {relu} {added}")
+        for dtype, bound in ((np.float16, 2e-3), (ml_dtypes.bfloat16, 2e-2)):
+            half, _ = fastbn.batch_norm_forward(x.astype(dtype), gamma, beta, axis=axis, sample_weight=w)
+            plain, _ = fastbn.batch_norm_forward(x.astype(dtype).astype(np.float32), gamma, beta, axis=axis, sample_weight=w)
+            np.testing.assert_allclose(half.astype(np.float32), plain, rtol=bound, atol=bound)
+
+
 def measure(shape: tuple[int, ...], last: bool, rounds: int) -> dict[str, float]:
     """Seconds of each call: the minimum over the rounds."""
     runs = {name: run for name, run in problem(shape, last).items() if name in TARGETS or name in ("forward", "backward")}
@@ -130,6 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     fastbn.set_num_threads(args.threads)
     machine.keep_freed_memory()
+    for layout in args.layout or ("first", "last"):
+        verify(layout == "last")
     results = []
     for shape in args.shapes:
         for layout in args.layout or ("first", "last"):
