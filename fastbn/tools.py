@@ -194,7 +194,8 @@ def warmup(
     """Compile now what calls with such arrays will need, so that the first of them does not wait.
 
     With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when
-    you build a container image, or before workers are forked.
+    you build a container image, or before workers are forked. One kernel is left out: the one that normalises, in float64 lanes, a
+    channel for which float32 lanes do not do (docs/numerics.md).
 
     Parameters
     ----------
