@@ -47,7 +47,18 @@ from fastbn.kernels.simd import (
     store,
     vectors,
 )
-from fastbn.kernels.strips import clear, collapse, expand, next_position, next_tile, rows_ahead, run_ahead, strip_of, weight_vector
+from fastbn.kernels.strips import (
+    clear,
+    collapse,
+    expand,
+    lead_at,
+    next_position,
+    next_tile,
+    rows_ahead,
+    run_ahead,
+    strip_of,
+    weight_vector,
+)
 from fastbn.kernels.sums import add_value
 
 # Rows of a thread's scratch: constants and accumulators by column.
@@ -111,7 +122,8 @@ def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold,
     r, end = first, last + (rest > 0)
     while r < end:
         stop = next_tile(r, last)
-        gather_tile(x, weight, r, stop, column, rest if r == last else width, S, scratch, lead)
+        here = rest if r == last else width
+        gather_tile(x, weight, r, stop, column, here, S, scratch, lead_at(x, width, stop, last, lead))
         r = stop
     count = float((last - first) * S * fold + rest // C) if weight is None else total_weight(weight, first, last, S)
     collapse(sums, channels, S, width)

@@ -25,7 +25,18 @@ from fastbn.kernels.simd import (
     store,
     vectors,
 )
-from fastbn.kernels.strips import clear, collapse, expand, next_position, next_tile, rows_ahead, run_ahead, strip_of, weight_vector
+from fastbn.kernels.strips import (
+    clear,
+    collapse,
+    expand,
+    lead_at,
+    next_position,
+    next_tile,
+    rows_ahead,
+    run_ahead,
+    strip_of,
+    weight_vector,
+)
 
 # Rows of a thread's scratch: constants and accumulators by column.
 MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW = range(4)
@@ -78,7 +89,8 @@ def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fol
     r, end = first, last + (rest > 0)
     while r < end:
         stop = next_tile(r, last)
-        reduce_tile(x, dy, weight, mask, r, stop, column, rest if r == last else width, scratch, lead)
+        here = rest if r == last else width
+        reduce_tile(x, dy, weight, mask, r, stop, column, here, scratch, lead_at(x, width, stop, last, lead))
         r = stop
     collapse(vectors(scratch, DY_ROW), channels, S, width)
     collapse(vectors(scratch, DY_XMU_ROW), channels, S, width)

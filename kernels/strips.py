@@ -79,6 +79,12 @@ def rows_ahead(x, width):
 
 
 @inline
+def lead_at(x, width, stop, last, lead):
+    """`lead` for the tile that ends at row `stop`; 0 where it would reach behind the block's last row, and memory does not go on there."""
+    return lead if stop + TILE <= last or row_stride(x) == width else 0
+
+
+@inline
 def run_ahead(tensor, width):
     """How far a sweep of row after row prefetches: beyond the end of a row, in the next one."""
     return PREFETCH if row_stride(tensor) == width else min(PREFETCH, width)
