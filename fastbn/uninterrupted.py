@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -61,7 +62,17 @@ def _wait_for_threads() -> None:
             work.done.acquire()
 
 
+def _forget_threads() -> None:
+    """In a forked child, where none of them is: nobody shall wait for one."""
+    for work in list(_running):
+        work.error = RuntimeError("the process was forked while a kernel was made ready for it; call again")
+        work.done.release()
+    _running.clear()
+
+
 atexit.register(_wait_for_threads)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def uninterrupted(work: Callable[[], Result]) -> Result:

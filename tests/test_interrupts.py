@@ -1,5 +1,6 @@
 """Ctrl-C in a long call: KeyboardInterrupt soon, nothing written afterwards, running statistics as before, the next call works."""
 
+import os
 import signal
 import threading
 
@@ -197,6 +198,33 @@ def test_a_thread_that_does_not_begin(monkeypatch):
     late[0]()
     assert done == [threading.main_thread()]
     assert not uninterrupted._running
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent():
+    """Neither at its exit, nor in a handler's fork in the middle of the wait."""
+    out = subprocesses.run("""
+import atexit, os, signal, time
+from fastbn.uninterrupted import uninterrupted
+
+def fork(number, frame):
+    global child
+    child = os.fork()
+
+child = None
+signal.signal(signal.SIGALRM, fork)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    uninterrupted(lambda: time.sleep(0.6))
+    print("parent", flush=True)
+except RuntimeError as error:
+    print("child", "call again" in str(error), flush=True)
+    atexit._run_exitfuncs()
+    os._exit(0)  # a full exit would wait for the watchdog that these tests start, which no child has
+if child:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert sorted(out.split()) == ["0", "True", "child", "parent"]
 
 
 def test_no_memory_to_compile(monkeypatch):
