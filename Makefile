@@ -2,16 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# numba-cuda takes the place of Numba's own CUDA target, so the compiler has an environment to itself.
+PTX := .venv-ptx
 export MPLBACKEND := Agg
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test ptx bench lint clean
 
 help:
 	@echo "make demo    train LeNet on handwritten digits, with and without fastbn"
 	@echo "make test    the whole test suite, GPU tests included (on the CUDA simulator where there is no GPU)"
+	@echo "make ptx     every GPU kernel compiled and its machine code checked, for two compute capabilities; needs no GPU"
 	@echo "make bench   the benchmark suites, then the report: README table, plots, bench/results"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove .venv and caches"
+	@echo "make clean   remove .venv, .venv-ptx and caches"
 
 # One stamp an extra: reinstalled when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml
@@ -26,6 +29,14 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda --numprocesses auto --dist worksteal
 
+$(PTX)/.ptx: pyproject.toml
+	@test -x $(PTX)/bin/python || $(PYTHON) -m venv $(PTX)
+	$(PTX)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ptx]"
+	@touch $@
+
+ptx: $(PTX)/.ptx
+	FASTBN_PTX=1 $(PTX)/bin/python -m pytest tests/cuda/test_ptx.py --numprocesses auto --dist worksteal
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench
 	$(BIN)/python bench/report.py
@@ -35,4 +46,4 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(PTX) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

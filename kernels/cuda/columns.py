@@ -3,7 +3,8 @@
 Versions
 --------
 1. A thread a channel, down all rows: with 64 channels 64 threads work.
-2. (here) blocks of `wide` x `high` threads. A thread owns the `lanes` channels of one vector and reads every high-th row, TILE
+2. (here) blocks of `wide` x `high` threads; `widest` and the number of threads are fixed when compiling, so that few channels need
+   no kernels of their own. A thread owns the `lanes` channels of one vector and reads every high-th row, TILE
    elements (8 rows of float32 vectors) before it uses them. Rows are cut into `splits`; a block takes `chunk` tiles of rows of one
    column tile. Statistics: tile -> thread -> block -> channel; the block of a column tile that finishes last merges, in order.
 
@@ -22,7 +23,7 @@ from fastbn.kernels.cuda.blocks import divide, is_last_block
 from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats, given_coefs
 from fastbn.kernels.cuda.planes import SMALL, first_shift, put_partial
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import merge, tile_normalise, tile_size
+from fastbn.kernels.cuda.tiles import merge, part_size, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
 from fastbn.kernels.cuda.weights import weighted_moments
 
@@ -43,14 +44,14 @@ def valid_rows(row, rows, high, per_tile):
 
 
 @cache
-def row_access(kind, lanes):
-    """load_rows(x, tile, row, count, high, C, c): `count` rows of one vector; whole tiles without a branch between the loads."""
+def row_access(kind, lanes, size):
+    """load_rows(x, tile, row, count, high, C, c): `count` rows of one vector; `size` elements without a branch between the loads."""
     load, _ = access(kind, lanes)
-    per_tile = tile_size(kind.compute) // lanes
+    per_tile = size // lanes
 
     @device
     def load_rows(x, tile, row, count, high, C, c):
-        if count == per_tile:
+        if count >= per_tile:
             for u in range(per_tile):
                 load(x, (row + u * high) * C + c, tile, u * lanes)
         else:
@@ -103,18 +104,23 @@ def add_columns(values, columns, high, out):
 
 
 @cache
-def merge_columns(columns, groups):
-    """merge_columns(partials, column_tile, ...): a tile's channels over all splits, `groups` threads a channel, in order."""
-    merge_cells = groups * columns
+def merge_columns(room):
+    """merge_columns(partials, column_tile, columns, ...): a tile's channels over all splits, in order; as many threads a channel as fit.
+
+    `room` is the largest of threads and columns.
+    """
 
     @device
     def merge_columns(
-        partials, column_tile, C, splits, counts, table, coefs, gamma, beta, running_mean, running_var, momentum, eps,
+        partials, column_tile, columns, C, splits, counts, table, coefs, gamma, beta, running_mean, running_var, momentum, eps,
         correction,
     ):  # fmt: skip
-        s0_cells = cuda.shared.array(merge_cells, float64)
-        s1_cells = cuda.shared.array(merge_cells, float64)
-        s2_cells = cuda.shared.array(merge_cells, float64)
+        s0_cells = cuda.shared.array(room, float64)
+        s1_cells = cuda.shared.array(room, float64)
+        s2_cells = cuda.shared.array(room, float64)
+        groups, _ = divide(int64(cuda.blockDim.x), columns)
+        groups = max(groups, 1)
+        merge_cells = groups * columns
         cell = int64(cuda.threadIdx.x)
         while cell < merge_cells:
             g, column = divide(cell, columns)
@@ -122,15 +128,14 @@ def merge_columns(columns, groups):
             s0, s1, s2 = 0.0, 0.0, 0.0
             if c < C:
                 shift, offset = first_shift(partials, c * FIELDS, C * FIELDS, splits)
-                k = g
-                while k < splits:
-                    row = (k * C + c) * FIELDS
+                rounds, _ = divide(splits - g + groups - 1, groups)  # a loop that ends at `splits` would divide int64, by a call
+                for r in range(rounds):
+                    row = ((g + r * groups) * C + c) * FIELDS
                     n = partials[row]
                     deviation = (partials[row + 1] - shift) + (partials[row + 2] - offset)
                     s0 += n
                     s1 += n * deviation
                     s2 += partials[row + 3] + n * deviation * deviation
-                    k += groups
             s0_cells[cell] = s0
             s1_cells[cell] = s1
             s2_cells[cell] = s2
@@ -159,39 +164,40 @@ def merge_columns(columns, groups):
 
 
 @cache
-def stats_columns(kind, lanes, threads, wide, weighted=False):
-    """The kernel for arrays of `kind` with blocks of `threads` threads, `wide` vectors across; `weighted` weighs the rows."""
+def stats_columns(kind, lanes, threads, widest, weighted=False):
+    """The kernel for arrays of `kind` with blocks of `threads` threads, at most `widest` vectors across; `weighted` weighs the rows."""
     T = kind.compute
     TILE = tile_size(T)
     rescale = float32 == T
-    load_rows = row_access(kind, lanes)
+    load_rows = row_access(kind, lanes, TILE)
     moments = lane_moments(T, lanes)
     weighted_lane = weighted_moments(T, lanes)
     room = TILE if weighted else 1
     per_tile = TILE // lanes
-    high = threads // wide
-    columns = wide * lanes
+    most = widest * lanes
     cells = threads * lanes
-    merge_blocks = merge_columns(columns, max(1, threads // columns))
+    merge_blocks = merge_columns(max(threads, most))
     small = T(SMALL)
 
     def stats_columns(
-        x, weight, weight_n, counts, rows, C, splits, chunk, partials, counters, table, coefs, gamma, beta,
+        x, weight, weight_n, counts, rows, C, wide, splits, chunk, partials, counters, table, coefs, gamma, beta,
         running_mean, running_var, momentum, eps, correction,
     ):  # fmt: skip
         a_cells = cuda.shared.array(cells, T)
         b_cells = cuda.shared.array(cells, T)
-        centre = cuda.shared.array(columns, T)
-        a_sum = cuda.shared.array(columns, T)
-        b_sum = cuda.shared.array(columns, T)
-        n_cells = cuda.shared.array(high, T)
+        centre = cuda.shared.array(most, T)
+        a_sum = cuda.shared.array(most, T)
+        b_sum = cuda.shared.array(most, T)
+        n_cells = cuda.shared.array(threads, T)
         ticket = cuda.shared.array(1, int32)
         tile = cuda.local.array(TILE, T)
         w = cuda.local.array(room, T)
         shift = cuda.local.array(lanes, T)
         mean = cuda.local.array(lanes, T)
         m2 = cuda.local.array(lanes, T)
-        rows_a_tile = int64(high * per_tile)
+        high, _ = divide(threads, wide)
+        columns = wide * lanes
+        rows_a_tile = high * per_tile
         column_tiles, _ = divide(C + columns - 1, columns)
         column_tile, k, tx, ty, c, first = place(
             wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.blockIdx.x)
@@ -265,7 +271,7 @@ def stats_columns(kind, lanes, threads, wide, weighted=False):
                 put_partial(partials, k * C + c + v, total, shift[v], a_sum[column], b_sum[column], scale)
         if is_last_block(counters, column_tile, splits, ticket):
             merge_blocks(
-                partials, column_tile, C, splits, counts, table, coefs, gamma, beta, running_mean, running_var,
+                partials, column_tile, columns, C, splits, counts, table, coefs, gamma, beta, running_mean, running_var,
                 momentum, eps, correction,
             )  # fmt: skip
 
@@ -273,7 +279,7 @@ def stats_columns(kind, lanes, threads, wide, weighted=False):
 
 
 @cache
-def normalise_columns(kind, lanes, threads, wide, relu, residual, given=False):
+def normalise_columns(kind, lanes, threads, widest, relu, residual, given=False):
     """The kernel for arrays of `kind`: `relu` writes a word of the mask a tile, unless that is empty; `residual` is added first.
 
     `given`: coefs are empty and made from given statistics, once a block, so that inference is one launch.
@@ -281,25 +287,26 @@ def normalise_columns(kind, lanes, threads, wide, relu, residual, given=False):
     T = kind.compute
     TILE = tile_size(T)
     _, store = access(kind, lanes)
-    load_rows = row_access(kind, lanes)
+    PART = part_size(T, lanes)
+    load_rows = row_access(kind, lanes, PART)
     normalise = tile_normalise(T, relu, residual)
     given_channel = given_coefs(T)
-    per_tile = TILE // lanes
-    high = threads // wide
-    columns = wide * lanes
-    room = TILE if residual else 1
-    cells = 4 * columns if given else 1
+    per_tile, per_part = TILE // lanes, PART // lanes
+    room = PART if residual else 1
+    cells = 4 * widest * lanes if given else 1
 
     def normalise_columns(
-        x, y, residual_x, mask, rows, C, chunk, coefs, gamma, beta, running_mean, running_var, eps
+        x, y, residual_x, mask, rows, C, wide, chunk, coefs, gamma, beta, running_mean, running_var, eps
     ):
-        tile = cuda.local.array(TILE, T)
+        tile = cuda.local.array(PART, T)
         added = cuda.local.array(room, T)
         hi = cuda.local.array(lanes, T)
         lo = cuda.local.array(lanes, T)
         scale = cuda.local.array(lanes, T)
         shift = cuda.local.array(lanes, T)
-        rows_a_tile = int64(high * per_tile)
+        high, _ = divide(threads, wide)
+        columns = wide * lanes
+        rows_a_tile = high * per_tile
         column_tiles, _ = divide(C + columns - 1, columns)
         # Rows from last to first: what stats_columns has read last is still in the L2 cache.
         column_tile, k, tx, _, c, row = place(
@@ -329,15 +336,18 @@ def normalise_columns(kind, lanes, threads, wide, relu, residual, given=False):
             t = k * chunk
             while row < end:
                 count = valid_rows(row, end, high, per_tile)
-                load_rows(x, tile, row, count, high, C, c)
-                if residual:
-                    load_rows(residual_x, added, row, count, high, C, c)
                 word = uint32(0)
-                for u in range(per_tile):
-                    if u < count:
-                        for v in range(lanes):
-                            word = normalise(tile, u * lanes + v, added, u * lanes + v, hi[v], lo[v], scale[v], shift[v], word)
-                        store(y, (row + u * high) * C + c, tile, u * lanes)
+                for bit in range(0, TILE, PART):
+                    at, left = row + bit // lanes * high, count - bit // lanes
+                    load_rows(x, tile, at, left, high, C, c)
+                    if residual:
+                        load_rows(residual_x, added, at, left, high, C, c)
+                    for u in range(per_part):
+                        if u < left:
+                            for v in range(lanes):
+                                i = u * lanes + v
+                                word = normalise(tile, i, added, i, hi[v], lo[v], scale[v], shift[v], word, bit + i)
+                            store(y, (at + u * high) * C + c, tile, u * lanes)
                 if relu and mask.size > 0:
                     mask[(t * column_tiles + column_tile) * threads + int64(cuda.threadIdx.x)] = word
                 t += 1

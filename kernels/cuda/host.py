@@ -127,7 +127,7 @@ def stream() -> tuple[int, int]:
     kernel = kernels()
     if kernel.simulated:
         return 0, 0
-    return int(kernel.arrays.cuda.runtime.getDevice()), int(kernel.arrays.cuda.get_currentstream().ptr)
+    return int(kernel.arrays.cuda.runtime.getDevice()), int(kernel.arrays.cuda.get_current_stream().ptr)
 
 
 def workspace(partials: int, counters: int, key: tuple[int, int]) -> Workspace:
@@ -207,20 +207,16 @@ class Call:
 
     def run(self, name: str, blocks: int, arguments: tuple[Any, ...], parameters="float32", running="float32", **flags) -> None:
         """Launch the kernel `name` of this call's dtype and plan."""
-        plan = self.plan
+        plan, sizes = self.plan, self.kernels.plan.DEFAULT
+        bound = self.kernels.plan.largest_block(plan.family, plan.lanes, self.dtype, sizes)
         if name.endswith("_columns"):
-            options = {"lanes": plan.lanes, "threads": plan.threads, "wide": plan.wide, **flags}
+            options = {"lanes": plan.lanes, "threads": plan.threads, "widest": plan.widest, **flags}
         elif name.endswith("_planes"):
             options = {"lanes": plan.lanes, **flags}
         else:
             options = flags
-        variant = self.kernels.variants.Variant(name, self.dtype, tuple(options.items()), self._bound(), parameters, running)
+        variant = self.kernels.variants.Variant(name, self.dtype, tuple(options.items()), bound, parameters, running)
         self.kernels.launch.launch(variant, blocks, plan.threads, self.device, self.stream, arguments)
-
-    def _bound(self) -> int:
-        """The largest block that the variant is compiled for: two bounds, so that two block sizes do not mean two compilations."""
-        sizes = self.kernels.plan.DEFAULT
-        return int(sizes.threads if self.plan.threads <= sizes.threads else sizes.persistent_threads)
 
 
 def parameter_types(*arrays: Array | None) -> str:
@@ -239,9 +235,9 @@ def aligned(*arrays: Array | None) -> bool:
 
 
 def geometry(plan: Any, shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """The shape arguments of a kernel: (N, C, S) of planes, (rows, C) of columns."""
+    """The shape arguments of a kernel: (N, C, S) of planes, (rows, C, wide) of columns."""
     N, C, S = shape
-    return (N, C, S) if plan.family == "planes" else (N, C)
+    return (N, C, S) if plan.family == "planes" else (N, C, plan.wide)
 
 
 def check_shape(x: Array, shape: tuple[int, int, int]) -> tuple[int, int, int]:

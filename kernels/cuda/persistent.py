@@ -44,16 +44,17 @@ def channel_access(kind, lanes, held):
 
 
 @device
-def keep_steps(kept, step, step_s, wrap):
+def keep_steps(kept, step, step_s, wrap, SV):
     """Put the steps of `advance` into shared memory, to be read back for the second walk over the channel.
 
-    A compiler that knows them there keeps addresses of the first walk in registers: of the eight forward kernels of float32 and
-    bfloat16 with 64 held elements, six then spill 8 to 24 bytes, and two so. The backward's do not care.
+    A compiler that knows them there keeps them, and addresses of the first walk, in registers all through the epilogue, and has too
+    few of them for its float64: kernels with 64 held elements then spill 8 to 24 bytes. The backward's do not care.
     """
     if cuda.threadIdx.x == 0:
         kept[0] = step
         kept[1] = step_s
         kept[2] = wrap
+        kept[3] = SV
 
 
 @cache
@@ -87,7 +88,7 @@ def forward_planes(kind, lanes, held, relu, residual):
     rescale = float32 == T
     _, store = access(kind, lanes)
     load_channel, load_one = channel_access(kind, lanes, held)
-    group = 4  # vectors of the residual in registers
+    group = min(4, 16 // lanes)  # vectors of the residual in registers
     load_added, _ = channel_access(kind, lanes, group * lanes)
     around = sums_around(T, lanes, held)
     normalise = tile_normalise(T, relu, residual)
@@ -100,7 +101,7 @@ def forward_planes(kind, lanes, held, relu, residual):
         x, y, residual_x, mask, N, C, S, table, coefs, gamma, beta, running_mean, running_var, momentum, eps, correction
     ):
         scratch = cuda.shared.array(SCRATCH, T)
-        kept = cuda.shared.array(3, int64)
+        kept = cuda.shared.array(4, int64)
         values = cuda.local.array(held, T)
         added = cuda.local.array(room, T)
         c = int64(cuda.blockIdx.x)
@@ -137,11 +138,12 @@ def forward_planes(kind, lanes, held, relu, residual):
                 table, coefs, c, C, float64(N * S), float64(centre) * unscale, average * unscale, m2, gamma, beta,
                 running_mean, running_var, momentum, eps, correction,
             )  # fmt: skip
-        keep_steps(kept, step, step_s, wrap)
+        keep_steps(kept, step, step_s, wrap, SV)
         cuda.syncthreads()
 
         # y
-        step, step_s, wrap = kept[0], kept[1], kept[2]
+        step, step_s, wrap, SV = kept[0], kept[1], kept[2], kept[3]
+        address, s = first_vector(j, c, C, S, SV, lanes)
         hi, lo, by, shift = coefs[HI * C + c], coefs[LO * C + c], coefs[SCALE_T * C + c], coefs[SHIFT * C + c]
         for w in range(words):
             word = uint32(0)
@@ -153,7 +155,8 @@ def forward_planes(kind, lanes, held, relu, residual):
                     u = first_u + i
                     if u < count:
                         for v in range(lanes):
-                            word = normalise(values, u * lanes + v, added, i * lanes + v, hi, lo, by, shift, word)
+                            k = u * lanes + v
+                            word = normalise(values, k, added, i * lanes + v, hi, lo, by, shift, word, k % TILE)
                         store(y, address, values, u * lanes)
                         address, s = advance(address, s, SV, step, step_s, wrap)
             if relu and w < tiles:

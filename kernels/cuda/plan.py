@@ -39,6 +39,7 @@ class Plan:
     lanes: int
     threads: int
     wide: int
+    widest: int
     splits: int
     chunk: int
     groups: int
@@ -50,6 +51,16 @@ class Plan:
     def blocks(self) -> int:
         """Blocks of a two-launch kernel."""
         return self.groups * self.splits
+
+
+def widest_block(lanes: int, sizes: Sizes) -> int:
+    """Vectors across the widest block of columns."""
+    return sizes.wide * (2 if lanes == 1 else 1)
+
+
+def largest_block(family: str, lanes: int, dtype: str, sizes: Sizes) -> int:
+    """Threads of the largest block that a kernel of "planes" or "columns" is launched with, and so compiled for."""
+    return sizes.persistent_threads if family == "planes" and lanes > 1 and dtype != "float64" else sizes.threads
 
 
 def _ceil(a: int, b: int) -> int:
@@ -87,9 +98,9 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
         held_backward = next((h // 2 for h in sizes.persistent if held and values * 2 <= threads * h), 0)
         tiles = _ceil(values, threads * tile)
         splits, chunk = _split(tiles, _ceil(sizes.blocks, C))
-        return Plan("planes", lanes, threads, 0, splits, chunk, C, C * tiles * threads, held, held_backward)
+        return Plan("planes", lanes, threads, 0, 0, splits, chunk, C, C * tiles * threads, held, held_backward)
     lanes = full if aligned and C % full == 0 else 1
-    wide = sizes.wide * (2 if lanes == 1 else 1)
+    wide = widest = widest_block(lanes, sizes)
     while wide > 1 and (wide // 2) * lanes >= C:
         wide //= 2
     rows_a_tile = (sizes.threads // wide) * (tile // lanes)
@@ -97,7 +108,7 @@ def plan(N: int, C: int, S: int, dtype: str, aligned: bool, sizes: Sizes | None 
     tiles = _ceil(N, rows_a_tile)
     wanted = min(_ceil(sizes.blocks, column_tiles), max(1, tiles // sizes.tall))
     splits, chunk = _split(tiles, wanted)
-    return Plan("columns", lanes, sizes.threads, wide, splits, chunk, column_tiles, column_tiles * tiles * sizes.threads)
+    return Plan("columns", lanes, sizes.threads, wide, widest, splits, chunk, column_tiles, column_tiles * tiles * sizes.threads)
 
 
 def _held(values: int, C: int, lanes: int, dtype: str, sizes: Sizes) -> tuple[int, int]:

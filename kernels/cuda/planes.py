@@ -25,7 +25,7 @@ from numba import float32, float64, int32, int64, uint32
 from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide, is_last_block
 from fastbn.kernels.cuda.channels import FIELDS, HI, LO, SCALE_T, SHIFT, finish_stats, given_coefs
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import merge, tile_moments, tile_normalise, tile_size
+from fastbn.kernels.cuda.tiles import merge, part_size, tile_moments, tile_normalise, tile_size
 from fastbn.kernels.cuda.vectors import access
 from fastbn.kernels.cuda.weights import weighted_share
 
@@ -69,10 +69,10 @@ def valid_vectors(j, vectors, per_tile):
 
 
 @cache
-def tile_access(kind, lanes):
-    """(load_tile, load_some): a thread's tile from memory; returns the address and s of the tile after it."""
+def tile_access(kind, lanes, size):
+    """(load_tile, load_some): `size` elements of a thread's tile from memory; returns the address and s of what follows."""
     load, _ = access(kind, lanes)
-    per_tile = tile_size(kind.compute) // lanes
+    per_tile = size // lanes
 
     @device
     def load_tile(x, tile, address, s, SV, step, step_s, wrap):
@@ -166,7 +166,7 @@ def stats_planes(kind, lanes, weighted=False):
     TILE = tile_size(T)
     rescale = float32 == T
     per_tile = TILE // lanes
-    load_tile, load_some = tile_access(kind, lanes)
+    load_tile, load_some = tile_access(kind, lanes, TILE)
     moments, moments_some = tile_moments(T)
     merge_block = merge_threads(T)
     share = weighted_share(kind, lanes)
@@ -244,16 +244,17 @@ def normalise_planes(kind, lanes, relu, residual, given=False):
     T = kind.compute
     TILE = tile_size(T)
     _, store = access(kind, lanes)
-    load_tile, load_some = tile_access(kind, lanes)
+    PART = part_size(T, lanes)
+    load_part, load_some = tile_access(kind, lanes, PART)
     normalise = tile_normalise(T, relu, residual)
     given_channel = given_coefs(T)
-    per_tile = TILE // lanes
-    room = TILE if residual else 1
+    per_tile, per_part = TILE // lanes, PART // lanes
+    room = PART if residual else 1
 
     def normalise_planes(
         x, y, residual_x, mask, N, C, S, splits, chunk, coefs, gamma, beta, running_mean, running_var, eps
     ):
-        tile = cuda.local.array(TILE, T)
+        tile = cuda.local.array(PART, T)
         added = cuda.local.array(room, T)
         # Channels from last to first: what stats_planes has read last is still in the L2 cache.
         c, k = divide(int64(cuda.gridDim.x - 1 - cuda.blockIdx.x), splits)
@@ -275,30 +276,35 @@ def normalise_planes(kind, lanes, relu, residual, given=False):
         step, step_s, wrap = steps(C, S, SV, lanes)
         address, s = first_vector(first * tile_vectors + int64(cuda.threadIdx.x), c, C, S, SV, lanes)
         for t in range(first, min(first + chunk, whole)):
-            at, at_s = address, s
-            address, s = load_tile(x, tile, at, at_s, SV, step, step_s, wrap)
-            if residual:
-                load_tile(residual_x, added, at, at_s, SV, step, step_s, wrap)
             word = uint32(0)
-            for u in range(per_tile):
-                for v in range(lanes):
-                    word = normalise(tile, u * lanes + v, added, u * lanes + v, hi, lo, scale, shift, word)
-                store(y, at, tile, u * lanes)
-                at, at_s = advance(at, at_s, SV, step, step_s, wrap)
+            for bit in range(0, TILE, PART):
+                at, at_s = address, s
+                address, s = load_part(x, tile, at, at_s, SV, step, step_s, wrap)
+                if residual:
+                    load_part(residual_x, added, at, at_s, SV, step, step_s, wrap)
+                for u in range(per_part):
+                    for v in range(lanes):
+                        k = u * lanes + v
+                        word = normalise(tile, k, added, k, hi, lo, scale, shift, word, bit + k)
+                    store(y, at, tile, u * lanes)
+                    at, at_s = advance(at, at_s, SV, step, step_s, wrap)
             if relu and mask.size > 0:
                 mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)] = word
         if rest > 0 and first + chunk > whole:
             count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
-            load_some(x, tile, address, s, SV, step, step_s, wrap, count)
-            if residual:
-                load_some(residual_x, added, address, s, SV, step, step_s, wrap, count)
             word = uint32(0)
-            for u in range(per_tile):
-                if u < count:
-                    for v in range(lanes):
-                        word = normalise(tile, u * lanes + v, added, u * lanes + v, hi, lo, scale, shift, word)
-                    store(y, address, tile, u * lanes)
-                    address, s = advance(address, s, SV, step, step_s, wrap)
+            for bit in range(0, TILE, PART):
+                left = count - bit // lanes
+                load_some(x, tile, address, s, SV, step, step_s, wrap, left)
+                if residual:
+                    load_some(residual_x, added, address, s, SV, step, step_s, wrap, left)
+                for u in range(per_part):
+                    if u < left:
+                        for v in range(lanes):
+                            k = u * lanes + v
+                            word = normalise(tile, k, added, k, hi, lo, scale, shift, word, bit + k)
+                        store(y, address, tile, u * lanes)
+                        address, s = advance(address, s, SV, step, step_s, wrap)
             if relu and mask.size > 0:
                 mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)] = word
 

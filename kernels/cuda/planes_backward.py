@@ -16,13 +16,13 @@ Checked on the CUDA simulator and by compiling to PTX and machine code; not yet 
 
 from functools import cache
 
-from numba import float64, int32, int64
+from numba import float64, int32, int64, uint32
 
 from fastbn.kernels.cuda.blocks import SCRATCH, block_sums, divide, is_last_block
 from fastbn.kernels.cuda.channels import DA, DB, DC, HI, INV, LO, finish_backward
 from fastbn.kernels.cuda.planes import advance, first_vector, steps, tile_access, valid_vectors
 from fastbn.kernels.cuda.target import cuda, device
-from fastbn.kernels.cuda.tiles import exact_sum, tile_gradient, tile_masked, tile_size, tile_sums
+from fastbn.kernels.cuda.tiles import exact_sum, part_size, tile_gradient, tile_masked, tile_size, tile_sums
 from fastbn.kernels.cuda.vectors import access
 
 
@@ -44,9 +44,9 @@ def reduce_planes(kind, lanes, relu, weighted=False):
     T = kind.compute
     TILE = tile_size(T)
     per_tile = TILE // lanes
-    load_tile, load_some = tile_access(kind, lanes)
+    load_tile, load_some = tile_access(kind, lanes, TILE)
     sums = tile_sums(T, weighted)
-    masked = tile_masked(T)
+    masked = tile_masked(T, TILE)
 
     def reduce_planes(
         x, dy, counts, mask, N, C, S, splits, chunk, partials, counters, table, grads, coefs, grad_coefs, dgamma, dbeta, frozen
@@ -73,7 +73,7 @@ def reduce_planes(kind, lanes, relu, weighted=False):
             load_tile(x, x_tile, address, s, SV, step, step_s, wrap)
             address, s = load_tile(dy, dy_tile, address, s, SV, step, step_s, wrap)
             if relu:
-                masked(dy_tile, mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)])
+                masked(dy_tile, mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)], 0)
             a, b = sums(x_tile, dy_tile, hi, lo, invstd, TILE)
             sum_dy, error = exact_sum(sum_dy, a)
             lost_dy += error
@@ -85,7 +85,7 @@ def reduce_planes(kind, lanes, relu, weighted=False):
             load_some(x, x_tile, address, s, SV, step, step_s, wrap, count)
             load_some(dy, dy_tile, address, s, SV, step, step_s, wrap, count)
             if relu:
-                masked(dy_tile, mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)])
+                masked(dy_tile, mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)], 0)
             a, b = sums(x_tile, dy_tile, hi, lo, invstd, count * lanes)
             sum_dy += a
             sum_xhat += b
@@ -109,17 +109,18 @@ def apply_planes(kind, lanes, relu, residual, frozen, weighted=False):
     """The kernel for arrays of `kind`: dx; `residual` writes the gradient before the normalisation too; `frozen` needs no x."""
     T = kind.compute
     TILE = tile_size(T)
-    per_tile = TILE // lanes
+    PART = part_size(T, lanes)
+    per_tile, per_part = TILE // lanes, PART // lanes
     _, store = access(kind, lanes)
-    load_tile, load_some = tile_access(kind, lanes)
+    load_part, load_some = tile_access(kind, lanes, PART)
     gradient = tile_gradient(T, frozen, weighted)
-    masked = tile_masked(T)
+    masked = tile_masked(T, PART)
 
     def apply_planes(
         x, dy, dx, dresidual, weight, weight_n, weight_s, mask, N, C, S, splits, chunk, coefs, grad_coefs
     ):
-        x_tile = cuda.local.array(TILE, T)
-        dy_tile = cuda.local.array(TILE, T)
+        x_tile = cuda.local.array(PART, T)
+        dy_tile = cuda.local.array(PART, T)
         # Channels from last to first: what reduce_planes has read last is still in the L2 cache.
         c, k = divide(int64(cuda.gridDim.x - 1 - cuda.blockIdx.x), splits)
         hi, lo, invstd = coefs[HI * C + c], coefs[LO * C + c], coefs[INV * C + c]
@@ -134,41 +135,46 @@ def apply_planes(kind, lanes, relu, residual, frozen, weighted=False):
         step, step_s, wrap = steps(C, S, SV, lanes)
         address, s = first_vector(first * tile_vectors + int64(cuda.threadIdx.x), c, C, S, SV, lanes)
         for t in range(first, min(first + chunk, whole)):
-            at, at_s = address, s
-            if not frozen:
-                load_tile(x, x_tile, at, at_s, SV, step, step_s, wrap)
-            address, s = load_tile(dy, dy_tile, at, at_s, SV, step, step_s, wrap)
-            if relu:
-                masked(dy_tile, mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)])
-            for u in range(per_tile):
-                if residual:
-                    store(dresidual, at, dy_tile, u * lanes)
-                if weighted:
-                    i, w_s = divide((t * per_tile + u) * threads + int64(cuda.threadIdx.x), SV)
-                    w_at = i * weight_n + w_s * lanes * weight_s
-                for v in range(lanes):
-                    w = weight[w_at + v * weight_s] if weighted else T(1)
-                    gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d, w)
-                store(dx, at, dy_tile, u * lanes)
-                at, at_s = advance(at, at_s, SV, step, step_s, wrap)
-        if rest > 0 and first + chunk > whole:
-            count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
-            if not frozen:
-                load_some(x, x_tile, address, s, SV, step, step_s, wrap, count)
-            load_some(dy, dy_tile, address, s, SV, step, step_s, wrap, count)
-            if relu:
-                masked(dy_tile, mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)])
-            for u in range(per_tile):
-                if u < count:
+            word = mask[(c * tiles + t) * threads + int64(cuda.threadIdx.x)] if relu else uint32(0)
+            for bit in range(0, TILE, PART):
+                at, at_s = address, s
+                if not frozen:
+                    load_part(x, x_tile, at, at_s, SV, step, step_s, wrap)
+                address, s = load_part(dy, dy_tile, at, at_s, SV, step, step_s, wrap)
+                if relu:
+                    masked(dy_tile, word, bit)
+                for u in range(per_part):
                     if residual:
-                        store(dresidual, address, dy_tile, u * lanes)
+                        store(dresidual, at, dy_tile, u * lanes)
                     if weighted:
-                        i, w_s = divide((whole * per_tile + u) * threads + int64(cuda.threadIdx.x), SV)
+                        i, w_s = divide((t * per_tile + bit // lanes + u) * threads + int64(cuda.threadIdx.x), SV)
                         w_at = i * weight_n + w_s * lanes * weight_s
                     for v in range(lanes):
                         w = weight[w_at + v * weight_s] if weighted else T(1)
                         gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d, w)
-                    store(dx, address, dy_tile, u * lanes)
-                    address, s = advance(address, s, SV, step, step_s, wrap)
+                    store(dx, at, dy_tile, u * lanes)
+                    at, at_s = advance(at, at_s, SV, step, step_s, wrap)
+        if rest > 0 and first + chunk > whole:
+            count = valid_vectors(whole * tile_vectors + int64(cuda.threadIdx.x), vectors, per_tile)
+            word = mask[(c * tiles + whole) * threads + int64(cuda.threadIdx.x)] if relu else uint32(0)
+            for bit in range(0, TILE, PART):
+                left = count - bit // lanes
+                if not frozen:
+                    load_some(x, x_tile, address, s, SV, step, step_s, wrap, left)
+                load_some(dy, dy_tile, address, s, SV, step, step_s, wrap, left)
+                if relu:
+                    masked(dy_tile, word, bit)
+                for u in range(per_part):
+                    if u < left:
+                        if residual:
+                            store(dresidual, address, dy_tile, u * lanes)
+                        if weighted:
+                            i, w_s = divide((whole * per_tile + bit // lanes + u) * threads + int64(cuda.threadIdx.x), SV)
+                            w_at = i * weight_n + w_s * lanes * weight_s
+                        for v in range(lanes):
+                            w = weight[w_at + v * weight_s] if weighted else T(1)
+                            gradient(x_tile, dy_tile, u * lanes + v, hi, lo, invstd, a, b, d, w)
+                        store(dx, address, dy_tile, u * lanes)
+                        address, s = advance(address, s, SV, step, step_s, wrap)
 
     return apply_planes

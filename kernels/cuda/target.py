@@ -38,9 +38,10 @@ def device(function):
     return numba_cuda.jit(device=True, forceinline=True)(function)
 
 
-def kernel(function, signature, threads):
-    """A launchable kernel: kernel[grid, block, stream](*args). Registers are limited so that a block of `threads` fits."""
+def kernel(function, signature, bounds):
+    """A launchable kernel: kernel[grid, block, stream](*args). `bounds` are the most threads of a block, and how many such blocks
+    are to fit a multiprocessor at once: they limit its registers."""
     require_target()
     if SIMULATED:
         return numba_cuda.jit(function)
-    return numba_cuda.jit(signature, launch_bounds=threads)(function)
+    return numba_cuda.jit(signature, launch_bounds=bounds)(function)

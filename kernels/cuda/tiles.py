@@ -22,6 +22,15 @@ def tile_size(T):
     return 16 if float64 == T else 32
 
 
+def part_size(T, lanes):
+    """Elements of a tile that an elementwise kernel works on at a time: half of it, a quarter where each has an address of its own.
+
+    Whole tiles of two tensors and their addresses take more than the 128 registers that let two blocks of 256 threads share a
+    multiprocessor. Twice the threads with half the loads each have as many in flight.
+    """
+    return tile_size(T) // (4 if lanes == 1 else 2)
+
+
 merge = device(formulas.merge)
 exact_sum = device(formulas.exact_sum)
 
@@ -71,14 +80,13 @@ def tile_moments(T):
 
 @cache
 def tile_normalise(T, relu, residual):
-    """normalise(tile, k, added, i, hi, lo, scale, shift, word): y of element k in place, plus added[i]; sets its bit in word.
+    """normalise(tile, k, added, i, hi, lo, scale, shift, word, bit): y of element k in place, plus added[i]; sets its bit in word.
 
     A NaN passes the activation, and so does its gradient.
     """
-    TILE = tile_size(T)
 
     @device
-    def normalise(tile, k, added, i, hi, lo, scale, shift, word):
+    def normalise(tile, k, added, i, hi, lo, scale, shift, word, bit):
         value = ((tile[k] - hi) - lo) * scale + shift
         if residual:
             value = value + added[i]
@@ -86,7 +94,7 @@ def tile_normalise(T, relu, residual):
             if value <= T(0):
                 value = T(0)
             else:
-                word |= uint32(1) << uint32(k % TILE)
+                word |= uint32(1) << uint32(bit)
         tile[k] = value
         return word
 
@@ -94,14 +102,13 @@ def tile_normalise(T, relu, residual):
 
 
 @cache
-def tile_masked(T):
-    """masked(dy, word): the elements of dy whose bit in the mask's word is 0 become 0, in place."""
-    TILE = tile_size(T)
+def tile_masked(T, size):
+    """masked(dy, word, first): the elements of dy whose bit in the mask's word, counted from `first`, is 0 become 0, in place."""
 
     @device
-    def masked(dy, word):
-        for k in range(TILE):
-            if (word >> uint32(k)) & uint32(1) == uint32(0):
+    def masked(dy, word, first):
+        for k in range(size):
+            if (word >> uint32(first + k)) & uint32(1) == uint32(0):
                 dy[k] = T(0)
 
     return masked

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numba import float32, float64, int32, int64, types, uint32
 
 from fastbn.kernels.cuda import channels, columns, columns_backward, persistent, planes, planes_backward
-from fastbn.kernels.cuda.plan import DEFAULT
+from fastbn.kernels.cuda.plan import DEFAULT, largest_block, widest_block
 from fastbn.kernels.cuda.target import kernel as compile_kernel
 from fastbn.kernels.cuda.vectors import KINDS
 
@@ -30,8 +30,7 @@ FACTORIES = {
     "apply_columns": columns_backward.apply_columns,
     "finish_given": lambda kind: channels.finish_given,
 }
-# Kernels compiled for two sizes of block: a shape keeps one size, and with it the order of the mask, in all its kernels.
-TWO_SIZES = ("stats_planes", "normalise_planes", "reduce_planes", "apply_planes")
+ELEMENTWISE = ("normalise_planes", "normalise_columns", "apply_planes", "apply_columns")
 PARAMETER_TYPES = {"float32": float32, "float64": float64}
 TENSORS = ("x", "y", "dy", "dx", "residual_x", "dresidual")
 PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
@@ -54,8 +53,23 @@ class Variant:
         """A file name: stats_planes-float32-lanes4."""
         parts = [f"{k}{int(v)}" if not isinstance(v, bool) else k for k, v in self.options if v is not False]
         types_ = [] if (self.parameters, self.running) == ("float32", "float32") else [self.parameters, self.running]
-        bound = [f"threads{self.threads}"] if self.name in TWO_SIZES else []
-        return "-".join([self.name, self.dtype, *parts, *bound, *types_])
+        return "-".join([self.name, self.dtype, *parts, *types_])
+
+    @property
+    def resident(self):
+        """Blocks of the largest size that are to fit a multiprocessor at once, by their registers: 65536 of four bytes.
+
+        It is told to the compiler even where it is 1. Left to guess, ptxas tries for more blocks and pays with spills: with no more
+        than the size of blocks 26 of 296 kernels spilled 8 to 100 bytes, at 64, 80 or 128 registers. Kernels that read whole tiles
+        before they use them may take more than the 128 registers that two blocks of 256 threads leave, and so may float64 and weights.
+        """
+        needy = self.name not in ELEMENTWISE or self.dtype == "float64" or ("weighted", True) in self.options
+        return 1 if needy or self.threads > 256 else 2
+
+    @property
+    def bounds(self):
+        """What the compiler is told: threads of the largest block, and `resident`."""
+        return self.threads, self.resident
 
     def function(self):
         """The kernel as a Python function."""
@@ -93,7 +107,7 @@ def compiled(variant):
     if variant not in _compiled:
         with _lock:
             if variant not in _compiled:
-                _compiled[variant] = compile_kernel(variant.function(), variant.signature(), variant.threads)
+                _compiled[variant] = compile_kernel(variant.function(), variant.signature(), variant.bounds)
     return _compiled[variant]
 
 
@@ -103,23 +117,16 @@ def _combinations(names):
 
 
 def all_variants(sizes=DEFAULT):
-    """Every variant, in a fixed order, with float32 parameters (float64 for float64 data).
-
-    Blocks of columns stand here at their full width; few channels make them narrower.
-    """
+    """Every variant, in a fixed order, with float32 parameters (float64 for float64 data)."""
     for dtype, kind in KINDS.items():
         parameters = "float64" if dtype == "float64" else "float32"
         common = {"dtype": dtype, "parameters": parameters, "running": parameters}
-        yield Variant(name="finish_given", options=(), threads=sizes.threads, **common)
+        yield Variant(name="finish_given", options=(), threads=sizes.persistent_threads, **common)
         for lanes in (1, kind.lanes):
-            wide = sizes.wide * (2 if lanes == 1 else 1)
-            shapes = [
-                ("planes", (("lanes", lanes),), sizes.threads),
-                ("columns", (("lanes", lanes), ("threads", sizes.threads), ("wide", wide)), sizes.threads),
-            ]
-            if lanes > 1 and dtype != "float64":
-                shapes.append(("planes", (("lanes", lanes),), sizes.persistent_threads))
-            for family, shape, threads in shapes:
+            vectors = (("lanes", lanes),)
+            columns_ = (*vectors, ("threads", sizes.threads), ("widest", widest_block(lanes, sizes)))
+            for family, shape in (("planes", vectors), ("columns", columns_)):
+                threads = largest_block(family, lanes, dtype, sizes)
                 for verb, flags in (
                     ("stats", ("weighted",)),
                     ("normalise", ("relu", "residual", "given")),
@@ -132,10 +139,9 @@ def all_variants(sizes=DEFAULT):
                         yield Variant(name=f"{verb}_{family}", options=shape + chosen, threads=threads, **common)
             if dtype == "float64":
                 continue
-            threads = sizes.persistent_threads if lanes > 1 else sizes.threads
+            threads = largest_block("planes", lanes, dtype, sizes)
             held = [("forward_planes", each) for each in (sizes.persistent if lanes > 1 else sizes.persistent[:1])]
             held += [("backward_planes", each // 2) for each in sizes.persistent]
             for name, each in held:
                 for chosen in _combinations(("relu", "residual")):
-                    options = (("lanes", lanes), ("held", each), *chosen)
-                    yield Variant(name=name, options=options, threads=threads, **common)
+                    yield Variant(name=name, options=(*vectors, ("held", each), *chosen), threads=threads, **common)
