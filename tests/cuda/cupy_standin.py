@@ -5,12 +5,14 @@ for CuPy's surface, not for CuPy: strides, flags and dtypes are NumPy's own.
 """
 
 import contextlib
+import time
 import types
 from types import SimpleNamespace
 
 import numpy as np
 
 CURRENT = [0]  # the current device
+STREAM = [0]  # the handle of the current stream
 
 
 class ndarray(np.ndarray):
@@ -66,9 +68,39 @@ def Device(index):
         CURRENT[0] = before
 
 
+class Event:
+    """A mark in time; nothing runs beside the host here."""
+
+    def record(self, stream=None):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+def _cuda():
+    """The module `cupy.cuda`: two devices, one stream each unless `STREAM` says otherwise."""
+    properties = {"name": b"stand-in", "major": 0, "minor": 0, "multiProcessorCount": 1, "l2CacheSize": 64, "totalGlobalMem": 1 << 30}
+    runtime = SimpleNamespace(
+        getDevice=lambda: CURRENT[0],
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda device: properties,
+        driverGetVersion=lambda: 0,
+        runtimeGetVersion=lambda: 0,
+        memGetInfo=lambda: (1 << 28, 1 << 30),
+    )
+    return SimpleNamespace(
+        Device=Device,
+        Event=Event,
+        runtime=runtime,
+        get_current_stream=lambda: SimpleNamespace(ptr=STREAM[0]),
+        get_elapsed_time=lambda begin, end: 1e3 * (end.at - begin.at),
+    )
+
+
 NAMES = (
     *("empty", "zeros", "ones", "asarray", "array", "empty_like", "zeros_like", "ones_like", "ascontiguousarray"),
-    *("repeat", "stack", "sqrt", "array_equal"),
+    *("repeat", "stack", "sqrt", "array_equal", "from_dlpack"),
 )
 
 
@@ -83,5 +115,8 @@ def module():
         setattr(made, name, _wrapped(getattr(np, name)))
     made.broadcast_to = lambda a, shape: np.broadcast_to(a, shape, subok=True)
     made.ndarray, made.float64 = ndarray, np.float64
-    made.cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDevice=lambda: CURRENT[0]))
+    made.copyto = lambda to, source: to.__setitem__(Ellipsis, source)
+    made.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
+    made.__version__ = "stand-in"
+    made.cuda = _cuda()
     return made
