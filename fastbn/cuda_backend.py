@@ -162,6 +162,7 @@ def forward(
     if training and plan.held_forward and not weights.given:
         arguments = (*tensors, *sizes, *moments, *scalars)
         call.run("forward_planes", C, arguments, parameters, running, held=plan.held_forward, **flags)
+        call.go()
         return state
     if training:
         space = workspace(4 * C * plan.splits, plan.groups, (call.device, call.stream))
@@ -174,6 +175,7 @@ def forward(
     none = call.optional(None, "float32")
     channels = flat(coefs), none, none, none, none, 0.0
     _normalise(call, tensors, sizes, channels, ("float32", "float32"), given=False, **flags)
+    call.go()
     return state
 
 
@@ -217,6 +219,7 @@ def inference(
     tensors = call.tensor(x), call.tensor(y), call.tensor(residual), no_bits
     flags = {"relu": relu, "residual": residual is not None, "given": True}
     _normalise(call, tensors, geometry(plan, shape), channels, (parameters, running), **flags)
+    call.go()
 
 
 def backward(
@@ -277,6 +280,7 @@ def backward(
         call.run(
             "backward_planes", C, arguments, parameters, held=plan.held_backward, relu=state.relu, residual=state.residual
         )
+        call.go()
         return grads[:2]
     space = workspace(2 * C * plan.splits, plan.groups, (call.device, call.stream))
     work = plan.splits, plan.chunk, flat(space.partials), flat(space.counters)
@@ -286,6 +290,7 @@ def backward(
     arguments = (*inputs, *outputs[:2], *weights.of(plan), outputs[2], *sizes, *shares, *tables[2:])
     flags = {"relu": state.relu, "residual": state.residual, "frozen": state.frozen, "weighted": weights.given}
     call.run(f"apply_{plan.family}", plan.blocks, arguments, **flags)
+    call.go()
     return grads[:2]
 
 
@@ -331,5 +336,6 @@ def moments(
         *(flat(table), flat(coefs), none, none, none, none, 0.0, 1.0, 1.0),
     )
     call.run(f"stats_{plan.family}", plan.blocks, arguments, weighted=weights.given)
+    call.go()
     count = weights.counts[0] if weights.given else float(shape[0] * shape[2])
     return count, table[2].copy(), table[4] * count, table[3].copy()

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn import checks, cpu, cuda_backend
 from fastbn.context import Context
-from fastbn.gpu_arrays import Arrays, Layout, is_gpu_array
+from fastbn.gpu_arrays import Arrays, Layout, is_gpu_array, no_more
 
 if TYPE_CHECKING:
     from fastbn.statistics import Moments
@@ -99,6 +99,9 @@ def forward(
         layout = Layout(a.x, axis, dtype)
         y, y_read, finish = layout.written(xp, a["out"], a.x.dtype)
         live, held = statistics, _alike(xp, statistics)
+        if training and (finish is not no_more or a.exchanged):
+            # What follows the kernels may fail: statistics are then moved last.
+            held = tuple(v if v is None or v is not given else v.copy() for v, given in zip(held, live, strict=True))
         state = cuda_backend.forward(
             layout.read(a.x),
             y_read,
@@ -116,11 +119,12 @@ def forward(
             dtype=dtype,
         )
         finish()
+        result = a.back("out", y), context(count=state.count, table=state.table, state=(state, layout))
         if training:
-            for given, used in zip(live, held, strict=True):
-                if given is not None and used is not given:
-                    given[...] = used
-    return a.back("out", y), context(count=state.count, table=state.table, state=(state, layout))
+            moved = [(g, u.astype(g.dtype, copy=False)) for g, u in zip(live, held, strict=True) if g is not None and u is not g]
+            for given, used in moved:
+                given[...] = used
+    return result
 
 
 def _table_of_nothing(a: Arrays, C: int, training: bool, eps: float) -> Array:

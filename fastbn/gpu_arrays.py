@@ -102,6 +102,11 @@ class Arrays:
             return self.original[name]
         return result if result is None or self._back is None else self._back(result)
 
+    @property
+    def exchanged(self) -> bool:
+        """Whether results go back as arrays of another library."""
+        return self._back is not None
+
     def data(self, name: str, axis: Any) -> tuple[str, int]:
         """(name of the dtype, axis from the front) of x; checks both."""
         _, dtype, axis = checks.x_and_axis(_face(self.arrays[name]), axis)
@@ -293,11 +298,11 @@ class Layout:
         if out is not None:
             view = self._in_order(out)
             if _fits(view):
-                return out, view, _no_more
+                return out, view, no_more
         made = xp.empty(tuple(self.full[a] for a in self.order), np.uint16 if self.bits else dtype)
         if out is None:
             y = made.view(dtype) if self.bits else made
-            return y.transpose(self.inverse), made, _no_more
+            return y.transpose(self.inverse), made, no_more
 
         def finish() -> None:
             self._in_order(out)[...] = made
@@ -321,5 +326,5 @@ def _fits(view: Array) -> bool:
     return bool(view.flags.c_contiguous) and _address(view) % view.itemsize == 0
 
 
-def _no_more() -> None:
+def no_more() -> None:
     """Nothing is left to do after the kernels."""

@@ -175,6 +175,7 @@ class Call:
     def __init__(self, dtype: str, plan: Any, shape: tuple[int, int, int]) -> None:
         self.kernels, self.dtype, self.plan, self.shape = kernels(), dtype, plan, shape
         self.device, self.stream = stream()
+        self.todo: list[tuple[Any, ...]] = []
         self.storage = "uint16" if dtype in ("float16", "bfloat16") else None
         self.compute = "float64" if dtype == "float64" else "float32"
 
@@ -206,7 +207,7 @@ class Call:
         return Weights(weight, arrays.stack([total, correction]), S // each, 1 if each == 1 else 0)
 
     def run(self, name: str, blocks: int, arguments: tuple[Any, ...], parameters="float32", running="float32", **flags) -> None:
-        """Launch the kernel `name` of this call's dtype and plan."""
+        """Add the kernel `name` of this call's dtype and plan to what `go` launches."""
         plan, sizes = self.plan, self.kernels.plan.DEFAULT
         bound = self.kernels.plan.largest_block(plan.family, plan.lanes, self.dtype, sizes)
         if name.endswith("_columns"):
@@ -216,7 +217,15 @@ class Call:
         else:
             options = flags
         variant = self.kernels.variants.Variant(name, self.dtype, tuple(options.items()), bound, parameters, running)
-        self.kernels.launch.launch(variant, blocks, plan.threads, self.device, self.stream, arguments)
+        self.todo.append((variant, blocks, plan.threads, self.device, self.stream, arguments))
+
+    def go(self) -> None:
+        """Launch what `run` was given, in order. All of it is compiled first: a failure leaves running statistics as they were."""
+        launch = self.kernels.launch
+        for variant, *_ in self.todo:
+            launch.ready(variant, self.device)
+        for each in self.todo:
+            launch.launch(*each)
 
 
 def parameter_types(*arrays: Array | None) -> str:

@@ -58,10 +58,8 @@ def flat_supported(version):
         return False
 
 
-def _flat_launch(variant, blocks, threads, device, stream, arguments):
-    """Launch through cuda.core; any exception means that this road is closed here."""
-    import cuda.core as core
-
+def _flat_kernel(variant, device):
+    """The kernel as cuda.core knows it: compiled, and loaded on the device."""
     key = variant, device
     function = _flat_kernels.get(key)
     if function is None:
@@ -72,10 +70,31 @@ def _flat_launch(variant, blocks, threads, device, stream, arguments):
         overload = next(iter(compiled(variant).overloads.values()))
         overload.bind()
         function = _flat_kernels[key] = overload._codelibrary.get_cufunc().kernel
+    return function
+
+
+def _flat_launch(variant, blocks, threads, device, stream, arguments):
+    """Launch through cuda.core; any exception means that this road is closed here."""
+    import cuda.core as core
+
+    function = _flat_kernel(variant, device)
     handle = _flat_streams.get(stream)
     if handle is None:
         handle = _flat_streams[stream] = core.Stream.from_handle(stream)
     core.launch(handle, core.LaunchConfig(grid=blocks, block=threads), function, *flat(arguments))
+
+
+def ready(variant, device):
+    """Compile a variant, and load it on the device where the flat launcher can, so that launching has little left to fail."""
+    global _flat_works
+    if _flat_works:
+        try:
+            _flat_kernel(variant, device)
+            return
+        except Exception as error:  # as in `launch`
+            _flat_works = False
+            _log.info("flat launcher not used: %s: %s", type(error).__name__, error)
+    compiled(variant)
 
 
 def launch(variant, blocks, threads, device, stream, arguments):

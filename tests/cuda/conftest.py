@@ -18,7 +18,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
     sys.setswitchinterval(1e-6)  # simulated threads wait for each other all the time: let them take turns often
 else:
-    names = ["forward", "backward", "blocks", "host", "sample_weights", "api", "api_errors", "bench"]
+    names = ["forward", "backward", "blocks", "host", "sample_weights", "api", "api_errors", "bench", "failures"]
     collect_ignore = [f"test_{name}.py" for name in names]
 
 
