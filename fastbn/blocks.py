@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, memory, running
+from fastbn import checks, cpu, gpu_arrays, memory, running
 from fastbn.context import Context
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
+
+_ON_HOST = "pass cupy.asnumpy({0}); for a batch that is all on one GPU use batch_norm_forward and batch_norm_backward"
 
 
 def batch_norm_forward_apply(
@@ -88,6 +90,8 @@ def batch_norm_forward_apply(
     >>> np.allclose(np.concatenate(y), fastbn.batch_norm_forward(whole)[0], rtol=0, atol=1e-13)
     True
     """
+    for name, a in (("x", x), ("moments.mean", getattr(moments, "mean", None))):
+        gpu_arrays.refuse(name, a, "batch_norm_forward_apply", _ON_HOST)
     x, dtype, axis = checks.x_and_axis(x, axis)
     gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
     mean, var = checks.running(running_mean, running_var, x, axis, True)
@@ -268,4 +272,6 @@ def _arguments(dy: Any, ctx: Any) -> tuple[Array, Array]:
     """x and dy."""
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx is a {type(ctx).__name__}; pass the second result of batch_norm_forward_apply or batch_norm_forward")
+    for name, a in (("ctx.x", ctx.x), ("dy", dy)):
+        gpu_arrays.refuse(name, a, "the backward in two steps", _ON_HOST)
     return ctx.x, checks.like(dy, "dy", ctx.x)

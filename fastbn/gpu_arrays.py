@@ -38,6 +38,12 @@ def is_gpu_array(a: object) -> bool:
         return True
 
 
+def refuse(name: str, a: object, function: str, instead: str) -> None:
+    """TypeError where an array is on a GPU, for a function of NumPy arrays alone."""
+    if type(a) is not np.ndarray and is_gpu_array(a):
+        raise TypeError(f"{name} is a {_kind(a)} on a GPU, but {function} takes NumPy arrays only: {instead.format(name)}")
+
+
 def _kind(a: object) -> str:
     """The name of an array's type, such as "cupy.ndarray"."""
     return f"{_family(a)}.{type(a).__qualname__}".removeprefix("builtins.")

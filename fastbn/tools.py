@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, dispatch, layout, memory
+from fastbn import checks, cpu, dispatch, gpu_arrays, layout, memory
 from fastbn.dispatch import TABLE
 
 Array = NDArray[Any]
@@ -117,6 +117,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
     >>> fastbn.explain(x[..., :-1]).copied
     True
     """
+    gpu_arrays.refuse("x", x, "explain", "fastbn.kernels.cuda.plan.plan says what a GPU would run (docs/gpu.md)")
     x, dtype, axis = checks.x_and_axis(x, axis)
     if x.size == 0:
         nothing: dict[str, tuple[str, ...]] = {"training forward": (), "inference": (), "backward": ()}
@@ -193,9 +194,9 @@ def warmup(
 ) -> int:
     """Compile now what calls with such arrays will need, so that the first of them does not wait.
 
-    With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when
-    you build a container image, or before workers are forked. One kernel is left out: the one that normalises, in float64 lanes, a
-    channel for which float32 lanes do not do (docs/numerics.md).
+    With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when you
+    build a container image, or before workers are forked. GPU kernels are compiled by their first call. One kernel is left out: the
+    one that normalises, in float64 lanes, a channel for which float32 lanes do not do (docs/numerics.md).
 
     Parameters
     ----------

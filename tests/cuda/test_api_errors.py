@@ -167,3 +167,52 @@ def test_arrays_of_unknown_others_are_refused(cupy):
 
     with pytest.raises(TypeError, match=r"x is a .*Other on a GPU.*cupy\.asarray\(x\), or cupy\.from_dlpack\(x\)"):
         fastbn.moments(Other())
+
+
+def test_what_takes_numpy_arrays_only_says_so(cupy):
+    x = gpu(inputs.normal(SHAPE))
+    host = np.asarray(x).view(np.ndarray)
+    _, ctx = fastbn.batch_norm_forward(x)
+    sums = np.zeros(4), np.zeros(4)
+    for call in (
+        lambda: fastbn.explain(x),
+        lambda: fastbn.batch_norm_forward_apply(x, fastbn.moments(x)),
+        lambda: fastbn.batch_norm_forward_apply(host, fastbn.moments(x)),
+        lambda: fastbn.batch_norm_backward_reduce(x, ctx),
+        lambda: fastbn.batch_norm_backward_apply(x, ctx, *sums),
+        lambda: fastbn.batch_norm_backward_reduce(x, fastbn.batch_norm_forward(host)[1]),
+    ):
+        with pytest.raises(TypeError, match=r"is a cupy.ndarray on a GPU, but .* takes NumPy arrays only: .*(cupy\.asnumpy|plan\.plan)"):
+            call()
+
+
+def test_nothing_asks_the_gpu_for_values(cupy, monkeypatch):
+    """No array is turned into a value of the host's, which would wait; and the stand-in has no synchronize, asnumpy or get to call."""
+    asked = []
+    for name in ("__float__", "__int__", "__bool__", "__index__", "item", "tolist"):
+        seen = lambda self, *rest, name=name: asked.append(name) or getattr(np.ndarray, name)(self, *rest)  # noqa: E731
+        monkeypatch.setattr(ndarray, name, seen, raising=False)
+    a = {**arguments(), "activation": "relu", "residual": gpu(inputs.normal(SHAPE, seed=1)), "sample_weight": gpu(np.ones(3, np.float32))}
+    fastbn.batch_norm_forward(**arguments())
+    _, ctx = fastbn.batch_norm_forward(**a)
+    fastbn.batch_norm_backward(gpu(inputs.normal(SHAPE)), ctx)
+    fastbn.batch_norm_inference(a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"])
+    fastbn.moments(a["x"])
+    assert asked == []
+    assert float(a["x"].sum()) != 0
+    assert asked == ["__float__"]  # so it would have been seen
+    assert not any(hasattr(part, name) for part in (a["x"], cupy, cupy.cuda) for name in ("synchronize", "asnumpy", "get"))
+
+
+def test_arrays_of_numba_are_given_back_in_kind(cupy, monkeypatch):
+    class DeviceNDArray(Tensor):
+        __module__ = "numba.cuda.cudadrv.devicearray"
+
+    real = cupy.asarray
+    cupy.asarray = lambda a, *rest: a.array if isinstance(a, DeviceNDArray) else real(a, *rest)
+    monkeypatch.setitem(sys.modules, "numba.cuda", SimpleNamespace(as_cuda_array=DeviceNDArray))
+    x, mean, var = (DeviceNDArray(a) for a in (gpu(inputs.normal(SHAPE)), gpu(FOUR.copy()), gpu(np.ones(4, np.float32))))
+    y, ctx = fastbn.batch_norm_forward(x, running_mean=mean, running_var=var)
+    assert isinstance(y, DeviceNDArray)
+    assert isinstance(fastbn.batch_norm_backward(y, ctx)[0], DeviceNDArray)
+    assert mean.array.all()
