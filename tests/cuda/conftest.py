@@ -1,7 +1,8 @@
-"""Fixtures of the GPU tests. They run on Numba's CUDA simulator: NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda
+"""Fixtures of the GPU tests, and where they run (where.py says by what): on a GPU, or on Numba's CUDA simulator.
 
-The simulator must be chosen before Numba is imported, so these tests want a process of their own; without the variable only the
-tests that need no kernel are collected. Compiling for a real GPU (test_ptx.py) happens in subprocesses without the variable.
+Both must be chosen before Numba is imported, so these tests want a process of their own; in others only the tests that need no kernel
+are collected. On a GPU that is test_hardware.py and those; the other tests are written for NumPy memory and small blocks, which only the
+simulator takes. Compiling for a real GPU (test_ptx.py) happens in subprocesses.
 """
 
 import os
@@ -14,12 +15,17 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for cupy_standin
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+from where import chosen
+
+WHERE = chosen(os.environ)
+SIMULATED = WHERE == "simulator"
+collect_ignore = [] if WHERE == "gpu" else ["test_hardware.py"]
 if SIMULATED:
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     sys.setswitchinterval(1e-6)  # simulated threads wait for each other all the time: let them take turns often
 else:
     names = ["forward", "backward", "blocks", "host", "sample_weights", "api", "api_errors", "bench", "failures"]
-    collect_ignore = [f"test_{name}.py" for name in names]
+    collect_ignore += [f"test_{name}.py" for name in names]
 
 
 @pytest.fixture
