@@ -51,7 +51,12 @@ def _kind(a: object) -> str:
 
 def _family(a: object) -> str:
     """The library that an array is of: "cupy", "torch", "numba", or where its type is from."""
-    roots = [base.__module__.partition(".")[0].removesuffix("_cuda") for base in type(a).__mro__]
+    return _family_of(type(a))
+
+
+@lru_cache(maxsize=64)
+def _family_of(kind: type) -> str:
+    roots = [base.__module__.partition(".")[0].removesuffix("_cuda") for base in kind.__mro__]
     return next((root for root in roots if root == "cupy" or root in _EXCHANGES), roots[0])
 
 
@@ -240,8 +245,10 @@ def _same_place(a: Array, b: Array) -> bool:
 
 def _bounds(a: Array) -> tuple[int, int]:
     """The first address of an array and the one behind its last."""
-    reach = [(n - 1) * s for s, n in zip(a.strides, a.shape, strict=True)]
     start = _address(a)
+    if a.flags.c_contiguous:
+        return start, start + a.nbytes
+    reach = [(n - 1) * s for s, n in zip(a.strides, a.shape, strict=True)]
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + a.itemsize
 
 
