@@ -1,7 +1,7 @@
 """What happens once a channel, in float64: from merged moments to scale, running statistics. Twin: kernels/channels.py.
 
-Arrays are flat. `table` (float64) has the rows of kernels/channels.py, so a context looks the same for both backends. `coefs` has
-the rows below in the type of arithmetic: kernels that touch every element read those and nothing in float64.
+Arrays are flat. `table` (float64) has the rows of kernels/channels.py but ANCHOR, in an order of its own. `coefs` has the rows below
+in the type of arithmetic: kernels that touch every element read those and nothing in float64.
 """
 
 import math
@@ -12,7 +12,7 @@ from numba import float64
 from fastbn.kernels import formulas
 from fastbn.kernels.cuda.target import cuda, device
 
-# Rows of the forward's table (those of kernels/channels.py).
+# Rows of the forward's table.
 GAMMA, BETA, MEAN, LOW, VAR, INVSTD, SCALE = range(7)
 TABLE_ROWS = 7
 # Rows of the backward's table.
@@ -67,7 +67,7 @@ def finish_channel(table, coefs, c, C, gamma, beta, mean, low, var, eps):
 
 @device
 def finish_stats(
-    table, coefs, c, C, count, shift, average, m2, gamma, beta, running_mean, running_var, momentum, eps, correction
+    table, coefs, c, C, shift, count, average, m2, gamma, beta, running_mean, running_var, momentum, eps, correction
 ):
     """Everything that follows from the moments of channel c around its shift; correction is n / (n - 1) or 1."""
     mean, low = exact_sum(shift, average)

@@ -155,7 +155,7 @@ def merge_columns(room):
                 if counts.size > 0:
                     s0, correction = counts[0], counts[1]
                 finish_stats(
-                    table, coefs, c, C, s0, shift, offset + average, s2 - average * s1, gamma, beta, running_mean, running_var,
+                    table, coefs, c, C, shift, s0, offset + average, s2 - average * s1, gamma, beta, running_mean, running_var,
                     momentum, eps, correction,
                 )  # fmt: skip
             column += int64(cuda.blockDim.x)

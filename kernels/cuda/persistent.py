@@ -135,7 +135,7 @@ def forward_planes(kind, lanes, held, relu, residual):
             average = float64(s1) / float64(N * S)
             m2 = (float64(s2) - average * float64(s1)) * unscale * unscale
             finish_stats(
-                table, coefs, c, C, float64(N * S), float64(centre) * unscale, average * unscale, m2, gamma, beta,
+                table, coefs, c, C, float64(centre) * unscale, float64(N * S), average * unscale, m2, gamma, beta,
                 running_mean, running_var, momentum, eps, correction,
             )  # fmt: skip
         keep_steps(kept, step, step_s, wrap, SV)

@@ -228,7 +228,7 @@ def stats_planes(kind, lanes, weighted=False):
                 if weighted:
                     count64, correction = counts[0], counts[1]
                 finish_stats(
-                    table, coefs, c, C, count64, shift64, average, m2_64, gamma, beta, running_mean, running_var,
+                    table, coefs, c, C, shift64, count64, average, m2_64, gamma, beta, running_mean, running_var,
                     momentum, eps, correction,
                 )  # fmt: skip
 

@@ -66,6 +66,7 @@ def weighted_share(kind, lanes):
         w = cuda.local.array(size, T)
         threads = int64(cuda.blockDim.x)
         SV, _ = divide(S, lanes)
+        vectors = N * SV
         n, shift, mean, m2 = T(0), T(0), T(0), T(0)
         for t in range(first, last):
             for u in range(per_tile):
@@ -73,7 +74,7 @@ def weighted_share(kind, lanes):
                 i, s = divide(j, SV)
                 for v in range(lanes):
                     w[u * lanes + v] = T(0)
-                if i < N:
+                if j < vectors:  # not i < N: `divide` wraps where j, past the end, reaches 2**32
                     load(x, (i * C + c) * S + s * lanes, tile, u * lanes)
                     for v in range(lanes):
                         w[u * lanes + v] = weight[i * weight_n + (s * lanes + v) * weight_s]
