@@ -15,11 +15,11 @@ from timeit import repeat
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
-import cupy_standin  # noqa: E402  (found through the path above)
+import cupy_standin
 
-import fastbn  # noqa: E402
-from fastbn import cuda_backend  # noqa: E402
-from fastbn.kernels.cuda import host, launch  # noqa: E402
+import fastbn
+from fastbn import cuda_backend
+from fastbn.kernels.cuda import host, launch
 
 CALLS, ROUNDS = 300, 7
 

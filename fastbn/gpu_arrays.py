@@ -51,11 +51,12 @@ def _kind(a: object) -> str:
 
 def _family(a: object) -> str:
     """The library that an array is of: "cupy", "torch", "numba", or where its type is from."""
-    return _family_of(type(a))
+    kind: Any = type(a)
+    return _family_of(kind)
 
 
 @lru_cache(maxsize=64)
-def _family_of(kind: type) -> str:
+def _family_of(kind: type[Any]) -> str:
     roots = [base.__module__.partition(".")[0].removesuffix("_cuda") for base in kind.__mro__]
     return next((root for root in roots if root == "cupy" or root in _EXCHANGES), roots[0])
 
