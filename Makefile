@@ -15,7 +15,7 @@ help:
 	@echo "make bench   the benchmark suites, then the report: README table, plots, bench/results"
 	@echo "make bench-gpu  fastbn on a GPU against a device copy, CuPy and PyTorch: docs/gpu.md, bench/results/gpu.json"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove .venv, .venv-ptx and caches"
+	@echo "make clean   remove .venv, .venv-ptx, .venv-gpu and caches"
 
 # One stamp an extra: reinstalled when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml

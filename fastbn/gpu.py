@@ -98,11 +98,11 @@ def forward(
             return a.back("out", y), context(count=0.0, table=table, state=None)
         layout = Layout(a.x, axis, dtype)
         y, y_read, finish = layout.written(xp, a["out"], a.x.dtype)
-        live = statistics
+        live: tuple[Any, ...] = statistics
         held: tuple[Any, ...] = _alike(xp, statistics)
         if training and (finish is not no_more or a.exchanged):
             # What follows the kernels may fail: statistics are then moved last.
-            held = tuple(v if v is None or v is not given else v.copy() for v, given in zip(held, live, strict=True))
+            held = tuple(v if v is None or v is not given else given.copy() for v, given in zip(held, live, strict=True))
         state = cuda_backend.forward(
             layout.read(a.x),
             y_read,
