@@ -60,7 +60,7 @@ class Variant:
         """Blocks of the largest size that are to fit a multiprocessor at once, by their registers: 65536 of four bytes.
 
         It is told to the compiler even where it is 1. Left to guess, ptxas tries for more blocks and pays with spills: with no more
-        than the size of blocks 26 of 296 kernels spilled 8 to 100 bytes, at 64, 80 or 128 registers. Kernels that read whole tiles
+        than the size of blocks 26 of 592 reports showed spills of 8 to 56 bytes, at 64, 80 or 128 registers. Kernels that read whole tiles
         before they use them may take more than the 128 registers that two blocks of 256 threads leave, and so may float64 and weights.
         """
         needy = self.name not in ELEMENTWISE or self.dtype == "float64" or ("weighted", True) in self.options
