@@ -99,12 +99,17 @@ def scatter(r, v, plain=False):
     return view
 
 
+def chosen(r, choices, shape, dtype):
+    """An array of `choices`, of one draw of `r`: hypothesis makes no list of many thousands, one draw each."""
+    return np.random.default_rng(r.getrandbits(32)).choice(np.asarray(choices, dtype), shape)
+
+
 def values(r, shape, dtype, axis=0):
     """Values of some kind, with the channels on `axis`."""
     axis %= len(shape)
     channels_second = (max([*shape[:axis], *shape[axis + 1 :]], default=1),) if len(shape) == 1 else None
     if channels_second or 0 in shape:
-        return np.asarray(r.choices((-1.5, 0.25, 1.0, 3.0), k=int(np.prod(shape))), dtype).reshape(shape)
+        return chosen(r, (-1.5, 0.25, 1.0, 3.0), shape, dtype)
     order = [k for k in range(len(shape)) if k != axis]
     order.insert(1, axis)
     kind = "normal" if r.random() < 0.5 else r.choice(list(inputs.VALUES))
@@ -140,7 +145,7 @@ def sample_weight(r, shape, axis):
         ((0.0, 1e90, 3e90), np.float64),
     )
     choices, dtype = r.choice(kinds)
-    return scatter(r, np.asarray(r.choices(choices, k=int(np.prod(shape))), dtype).reshape(shape))
+    return scatter(r, chosen(r, choices, shape, dtype))
 
 
 # --------------------------------------------------------------------------------------------------------- cases
