@@ -10,14 +10,16 @@ from numpy.typing import NDArray
 
 from fastbn import dispatch, layout
 from fastbn.dispatch import Job, Schedule
+from fastbn.kernels import rows
 from fastbn.layout import Plan
 from fastbn.memory import Frame, Tensor, Weights, both_streamed, finish_output, readable, streamed, writable
 
 Array = NDArray[Any]
 
-# Rows of the tables, as in kernels/channels.py, which is not imported before it is needed: it imports Numba.
-GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)
-SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
+# Rows of the tables, by the names that the modules above use.
+GAMMA, VAR, INVSTD, MEAN = rows.GAMMA, rows.VAR, rows.INVSTD, rows.MEAN
+LOW, SCALE, BETA, ANCHOR = rows.LOW, rows.SCALE, rows.BETA, rows.ANCHOR
+SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = rows.SUM_DY, rows.SUM_DY_XMU, rows.COEF_A, rows.COEF_B, rows.COEF_C
 
 # What running statistics can hold.
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
@@ -99,7 +101,7 @@ def wide_lanes(dtype: str, residual: object) -> bool:
 
 
 def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
-    table = np.empty((8, C))
+    table = np.empty((rows.TABLE_ROWS, C))
     table[GAMMA] = 1.0 if gamma is None else gamma
     table[BETA] = 0.0 if beta is None else beta
     return table
@@ -184,7 +186,7 @@ def update_running(table: Array, mean: Array, var: Array, momentum: float, corre
 def _backward_job(dy: Array, x: Array, state: State, threads: int, s: Schedule) -> tuple[Job, Array]:
     """The job's inputs, and the backward's table."""
     f = state.frame
-    grads = np.empty((5, f.plan.C))
+    grads = np.empty((rows.BACKWARD_ROWS, f.plan.C))
     job = _job(f, s, threads, state.weights)
     job.update(x=readable(x, f), dy=readable(dy, f), mask=_mask_tensor(state.mask, f.plan), table=state.table, grads=grads)
     return job, grads

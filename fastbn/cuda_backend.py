@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbn.kernels import rows
 from fastbn.kernels.cuda.host import (
     Call,
     Weights,
@@ -37,8 +38,8 @@ Array = Any  # cupy.ndarray or whatever else has __cuda_array_interface__; numpy
 class State:
     """What a forward leaves for the backward; the GPU part of a context.
 
-    `table` is float64, (7, C), with the rows of kernels/channels.py: gamma, beta, mean, low word of the mean, var, invstd, scale.
-    `coefs` are the same in the type of arithmetic, `mask` the activation's bits in the order of `plan`.
+    `table` is float64, (7, C), with the rows of kernels/rows.py but ANCHOR. `coefs` is what kernels read of it, in the type of
+    arithmetic (kernels/cuda/channels.py), `mask` the activation's bits in the order of `plan`.
     """
 
     x: Array
@@ -56,17 +57,17 @@ class State:
     @property
     def mean(self) -> Array:
         """float64, (C,)."""
-        return self.table[2]
+        return self.table[rows.MEAN]
 
     @property
     def var(self) -> Array:
         """Biased variance, float64, (C,)."""
-        return self.table[4]
+        return self.table[rows.VAR]
 
     @property
     def invstd(self) -> Array:
         """1 / sqrt(var + eps), float64, (C,)."""
-        return self.table[5]
+        return self.table[rows.INVSTD]
 
     @property
     def count(self) -> Any:
@@ -141,7 +142,7 @@ def forward(
     N, C, S = shape
     parameters, running = parameter_types(gamma, beta), parameter_types(running_mean, running_var)
     arrays = kernels().arrays
-    table = arrays.empty((7, C), np.float64)
+    table = arrays.empty((rows.ANCHOR, C), np.float64)
     coefs = arrays.empty((5, C), call.compute)
     mask = arrays.empty(plan.words if relu else 0, np.uint32)
     weights = call.weights(sample_weight if training else None, unbiased)
@@ -268,7 +269,7 @@ def backward(
     call = Call(dtype, plan, shape)
     parameters = parameter_types(dgamma, dbeta)
     C = shape[1]
-    grads, grad_coefs = arrays.empty((5, C), np.float64), arrays.empty((3, C), call.compute)
+    grads, grad_coefs = arrays.empty((rows.BACKWARD_ROWS, C), np.float64), arrays.empty((3, C), call.compute)
     sizes = geometry(plan, shape)
     inputs = call.tensor(x), call.tensor(dy)
     outputs = call.tensor(dx), call.tensor(dresidual), flat(state.mask)
@@ -326,7 +327,7 @@ def moments(
     dtype, plan, shape, call = _begin(x, shape, dtype)
     C = shape[1]
     arrays = kernels().arrays
-    table, coefs = arrays.empty((7, C), np.float64), arrays.empty((5, C), call.compute)
+    table, coefs = arrays.empty((rows.ANCHOR, C), np.float64), arrays.empty((5, C), call.compute)
     space = workspace(4 * C * plan.splits, plan.groups, (call.device, call.stream))
     none = call.optional(None, "float32")
     weights = call.weights(sample_weight, False)
@@ -338,4 +339,4 @@ def moments(
     call.run(f"stats_{plan.family}", plan.blocks, arguments, weighted=weights.given)
     call.go()
     count = weights.counts[0] if weights.given else float(shape[0] * shape[2])
-    return count, table[2].copy(), table[4] * count, table[3].copy()
+    return count, table[rows.MEAN].copy(), table[rows.VAR] * count, table[rows.LOW].copy()

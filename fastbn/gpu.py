@@ -13,24 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbn import checks, cpu, cuda_backend
+from fastbn import checks, cuda_backend
 from fastbn.context import Context
 from fastbn.gpu_arrays import Arrays, Layout, is_gpu_array, no_more
+from fastbn.kernels import rows
 
 if TYPE_CHECKING:
     from fastbn.statistics import Moments
 
 Array = Any  # cupy.ndarray, or what gpu_arrays.py exchanges for one
 
-# Where the rows of a context's table are in the GPU's (kernels/cuda/channels.py).
-_ROWS = {cpu.MEAN: 2, cpu.VAR: 4, cpu.INVSTD: 5}
-
 
 class GpuContext(Context):
     """A context whose statistics are on the GPU. `count` is too, as an array of no dimensions, where there were sample weights."""
-
-    def _row(self, row: int) -> Array:
-        return self.table[_ROWS[row]]
 
     def __repr__(self) -> str:
         mode = "training" if self.training else "frozen"
@@ -130,10 +125,10 @@ def forward(
 
 def _table_of_nothing(a: Arrays, C: int, training: bool, eps: float) -> Array:
     """The context's table of an empty batch."""
-    table = a.xp.zeros((7, C), np.float64)
+    table = a.xp.zeros((rows.ANCHOR, C), np.float64)
     if not training:
-        table[_ROWS[cpu.MEAN]], table[_ROWS[cpu.VAR]] = a["running_mean"], a["running_var"]
-    table[_ROWS[cpu.INVSTD]] = 1.0 / a.xp.sqrt(table[_ROWS[cpu.VAR]] + eps)
+        table[rows.MEAN], table[rows.VAR] = a["running_mean"], a["running_var"]
+    table[rows.INVSTD] = 1.0 / a.xp.sqrt(table[rows.VAR] + eps)
     return table
 
 

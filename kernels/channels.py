@@ -1,21 +1,31 @@
 """What happens once a channel: merging blocks, from moments to scale, running statistics. Twin: kernels/cuda/channels.py.
 
-A `table` has one float64 column for each channel. The forward fills the rows GAMMA and BETA from the parameters and the rest from
-the statistics; a context keeps the table for the backward, which needs a second one.
+A `table` has one float64 column for each channel, and the rows of kernels/rows.py. The forward fills GAMMA and BETA from the
+parameters and the rest from the statistics; a context keeps the table for the backward, which needs a second one.
 """
 
 import math
 
 from fastbn.kernels import formulas
 from fastbn.kernels.helpers import inline
+from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for all CPU kernels)
+    ANCHOR,
+    BACKWARD_ROWS,
+    BETA,
+    COEF_A,
+    COEF_B,
+    COEF_C,
+    GAMMA,
+    INVSTD,
+    LOW,
+    MEAN,
+    SCALE,
+    SUM_DY,
+    SUM_DY_XMU,
+    TABLE_ROWS,
+    VAR,
+)
 from fastbn.kernels.simd import get, moved, put
-
-# Rows of the forward's table; MEAN to BETA are what normalising reads, in float32 lanes with ANCHOR for MEAN (NaN: not in those).
-GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)
-TABLE_ROWS = 8
-# Rows of the backward's table: the two sums over a channel, and dx = A * dy + B * (x - mean) + C.
-SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
-BACKWARD_ROWS = 5
 
 merge = inline(formulas.merge)
 exact_sum = inline(formulas.exact_sum)

@@ -1,7 +1,7 @@
 """What happens once a channel, in float64: from merged moments to scale, running statistics. Twin: kernels/channels.py.
 
-Arrays are flat. `table` (float64) has the rows of kernels/channels.py but ANCHOR, in an order of its own. `coefs` has the rows below
-in the type of arithmetic: kernels that touch every element read those and nothing in float64.
+Arrays are flat. `table` (float64) has the rows of kernels/rows.py but the last, ANCHOR. `coefs` has the rows below in the type of
+arithmetic: kernels that touch every element read those and nothing in float64.
 """
 
 import math
@@ -11,20 +11,13 @@ from numba import float64
 
 from fastbn.kernels import formulas
 from fastbn.kernels.cuda.target import cuda, device
+from fastbn.kernels.rows import BETA, COEF_A, COEF_B, COEF_C, GAMMA, INVSTD, LOW, MEAN, SCALE, SUM_DY, SUM_DY_XMU, VAR
 
-# Rows of the forward's table.
-GAMMA, BETA, MEAN, LOW, VAR, INVSTD, SCALE = range(7)
-TABLE_ROWS = 7
-# Rows of the backward's table.
-SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
-BACKWARD_ROWS = 5
 # Rows of the forward's coefficients: y = ((x - HI) - LO) * SCALE_T + SHIFT; the mean is the two words HI + LO.
 HI, LO, INV, SCALE_T, SHIFT = range(5)
-COEF_ROWS = 5
 # Rows of the backward's coefficients: dx = DA * dy + DB * xhat + DC with xhat = ((x - HI) - LO) * INV. It is xhat and not
 # x - mean, since b of formulas.backward_coefficients leaves float32's range where x is of the size of 1e25.
 DA, DB, DC = range(3)
-GRAD_ROWS = 3
 # Fields of a block's partial moments: count, shift, mean - shift, M2.
 FIELDS = 4
 

@@ -1,0 +1,12 @@
+"""Rows of the tables that a forward and a backward keep, in float64 with a column for each channel: the same on CPU and GPU.
+
+Neither Numba nor CuPy is imported here, so that the host's side can name the rows too.
+"""
+
+# The forward's: GAMMA and BETA are the parameters, the rest follows from the statistics. MEAN and LOW are the mean in two words. ANCHOR
+# is the last, as the CPU alone keeps it: MEAN in float32 lanes, or NaN where a channel does not fit those.
+GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)
+TABLE_ROWS = 8
+# The backward's: the two sums over a channel, and dx = COEF_A * dy + COEF_B * (x - mean) + COEF_C.
+SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
+BACKWARD_ROWS = 5
