@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks, cpu, gpu_arrays, memory, running
 from fastbn.context import Context
+from fastbn.kernels import rows
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -108,9 +109,9 @@ def batch_norm_forward_apply(
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     state = None
     if moments.count:
-        table[cpu.MEAN], table[cpu.LOW], table[cpu.VAR] = moments.mean, moments.mean_lo, moments.var()
+        table[rows.MEAN], table[rows.LOW], table[rows.VAR] = moments.mean, moments.mean_lo, moments.var()
     else:  # no part has any value
-        table[cpu.MEAN], table[cpu.LOW], table[cpu.VAR] = 0.0, 0.0, 0.0
+        table[rows.MEAN], table[rows.LOW], table[rows.VAR] = 0.0, 0.0, 0.0
     if x.size:
         x_native = memory.native(x)
         frame = memory.frame_of(x_native, axis, dtype, weight is not None)
@@ -130,7 +131,7 @@ def batch_norm_forward_apply(
         y, mask = cpu.normalise(x_native, frame, table, eps, True, relu, relu, residual, None, out, x.dtype)
         state = cpu.State(frame, table, mask, weights)
     else:
-        table[cpu.INVSTD] = 1.0 / np.sqrt(table[cpu.VAR] + eps)
+        table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
         y = np.empty_like(x) if out is None else out
     if mean is not None and var is not None and moments.count:
         running.update(table, mean, var, momentum, n / (n - 1.0) if unbiased else 1.0)
@@ -202,7 +203,7 @@ def batch_norm_backward_reduce(dy: Array, ctx: Context) -> tuple[Array, Array]:
     if x.size == 0:
         return np.zeros(x.shape[ctx.axis]), np.zeros(x.shape[ctx.axis])
     grads = cpu.reduce(dy, x, ctx.state)
-    return grads[cpu.SUM_DY].copy(), grads[cpu.SUM_DY_XMU].copy()
+    return grads[rows.SUM_DY].copy(), grads[rows.SUM_DY_XMU].copy()
 
 
 def batch_norm_backward_apply(

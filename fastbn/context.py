@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.cpu import INVSTD, MEAN, VAR
+from fastbn.kernels.rows import INVSTD, MEAN, VAR
 
 Array = NDArray[Any]
 

@@ -16,11 +16,6 @@ from fastbn.memory import Frame, Tensor, Weights, both_streamed, finish_output, 
 
 Array = NDArray[Any]
 
-# Rows of the tables, by the names that the modules above use.
-GAMMA, VAR, INVSTD, MEAN = rows.GAMMA, rows.VAR, rows.INVSTD, rows.MEAN
-LOW, SCALE, BETA, ANCHOR = rows.LOW, rows.SCALE, rows.BETA, rows.ANCHOR
-SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = rows.SUM_DY, rows.SUM_DY_XMU, rows.COEF_A, rows.COEF_B, rows.COEF_C
-
 # What running statistics can hold.
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
@@ -60,14 +55,11 @@ def _mask_tensor(mask: Array | None, p: Plan) -> Tensor | None:
     return None if mask is None else (mask, *mask_shape(p)[1:])
 
 
-def _job(f: Frame, s: Schedule, threads: int, weights: Weights | None) -> Job:
+def _job(s: Schedule, threads: int, weights: Weights | None) -> Job:
     """The arguments that depend on plan and schedule alone, and the workspace."""
     job = s.arguments.copy()
-    job["pieces"] = f.pieces
-    job["weight"] = None
     if weights is not None:
         job["weight"] = (weights.array, 1) if weights.kind == "row_weight" else (weights.array, weights.array.shape[1], 1)
-    job["partial"] = np.empty(s.partial)
     job["scratch"] = np.empty((threads, *s.scratch))
     return job
 
@@ -102,8 +94,8 @@ def wide_lanes(dtype: str, residual: object) -> bool:
 
 def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
     table = np.empty((rows.TABLE_ROWS, C))
-    table[GAMMA] = 1.0 if gamma is None else gamma
-    table[BETA] = 0.0 if beta is None else beta
+    table[rows.GAMMA] = 1.0 if gamma is None else gamma
+    table[rows.BETA] = 0.0 if beta is None else beta
     return table
 
 
@@ -127,7 +119,7 @@ def normalise(
     mask = np.empty(mask_shape(p)[0], np.uint16) if with_mask else None
     threads = dispatch.threads_for(f.size)
     s = f.schedules[0]
-    job = _job(f, s, threads, weights)
+    job = _job(s, threads, weights)
     job.update(
         x=x_tensor,
         y=y_tensor,
@@ -136,15 +128,15 @@ def normalise(
         relu=True if relu else None,
         table=table,
         eps=eps,
-        points=_points(p, x_tensor, weights),
         streamed=streamed(y_tensor, f, with_mask),
     )
     wide = wide_lanes(f.dtype, residual)
     job["wide"] = True if wide else None
     present = present_arguments(residual, _kind(weights), mask, relu, wide=wide)
-    if given:
+    if given:  # neither moments nor a shift for them
         dispatch.run("inference", p, s, "sweeps", f.dtype, present, job, threads)
     else:
+        job["partial"], job["points"] = np.empty(s.partial), _points(p, x_tensor, weights)
         dispatch.run("forward", p, s, s.road, f.dtype, present, job, threads)
     finish_output(y, made)
     return y, mask
@@ -157,27 +149,17 @@ def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     table = parameter_table(p.C, None, None)
     threads = dispatch.threads_for(f.size)
     s = f.schedules[0]
-    job = _job(f, s, threads, weights)
-    job.update(x=x_tensor, table=table, eps=1.0, points=_points(p, x_tensor, weights))
+    job = _job(s, threads, weights)
+    job.update(x=x_tensor, table=table, eps=1.0, partial=np.empty(s.partial), points=_points(p, x_tensor, weights))
     dispatch.run("moments", p, s, "sweeps", f.dtype, present_arguments(None, _kind(weights), None, False), job, threads)
     return table
 
 
 def update_running(table: Array, mean: Array, var: Array, momentum: float, correction: float, limit: float, force: bool) -> int:
     """Move the running statistics; how many channels exceed the limit. With any, nothing is written unless `force`."""
-    job: Job = {
-        "table": table,
-        "running_mean": mean,
-        "running_var": var,
-        "C": len(mean),
-        "mean_stride": mean.strides[0] // mean.itemsize,
-        "var_stride": var.strides[0] // var.itemsize,
-        "momentum": momentum,
-        "correction": correction,
-        "force": force,
-        "limit": limit,
-    }
-    return dispatch.call("update_running", "float32" if mean.itemsize == 4 else "float64", job)
+    strides = mean.strides[0] // mean.itemsize, var.strides[0] // var.itemsize
+    dtype = "float32" if mean.itemsize == 4 else "float64"
+    return dispatch.call("update_running", dtype, table, mean, var, len(mean), *strides, momentum, correction, limit, force)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
@@ -187,8 +169,9 @@ def _backward_job(dy: Array, x: Array, state: State, threads: int, s: Schedule) 
     """The job's inputs, and the backward's table."""
     f = state.frame
     grads = np.empty((rows.BACKWARD_ROWS, f.plan.C))
-    job = _job(f, s, threads, state.weights)
+    job = _job(s, threads, state.weights)
     job.update(x=readable(x, f), dy=readable(dy, f), mask=_mask_tensor(state.mask, f.plan), table=state.table, grads=grads)
+    job["partial"] = np.empty(s.partial)
     return job, grads
 
 
@@ -239,13 +222,13 @@ def apply(
     f, p, dtype = state.frame, state.frame.plan, x.dtype
     threads = dispatch.threads_for(f.size)
     s = f.schedules[1]
-    job, _ = _backward_job(dy, x, state, threads, s)
+    job, grads = _backward_job(dy, x, state, threads, s)
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
     dx, dx_tensor, made = writable(out, dtype, f)
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
     job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None)
     job["streamed"] = both_streamed(dx_tensor, dresidual_tensor, f)
-    dispatch.call("finish_backward", "float64", job)
+    dispatch.call("finish_backward", "float64", state.table, grads, job["partial"], p.C, count, False)
     present = present_arguments(None, _kind(state.weights), state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
     finish_output(dx, made)

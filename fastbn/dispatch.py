@@ -20,8 +20,12 @@ from math import gcd
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.kernels.rows import FOUND
 from fastbn.layout import LANES, Plan
-from fastbn.threads import get_num_threads, importing, parallel
+from fastbn.threads import BELL, get_num_threads, importing, parallel
 from fastbn.uninterrupted import uninterrupted
 
 Job = dict[str, Any]
@@ -36,10 +40,10 @@ STEPS: Mapping[str, tuple[str, str | None]] = {
     "apply_planes": ("planes_backward", "segments"),
     "forward_columns": ("columns", "strips"),
     "stats_columns": ("columns", "blocks of strips"),
-    "normalise_columns": ("columns", "blocks of strips"),
+    "normalise_columns": ("columns", "parts of strips"),
     "backward_columns": ("columns_backward", "strips"),
     "reduce_columns": ("columns_backward", "blocks of strips"),
-    "apply_columns": ("columns_backward", "blocks of strips"),
+    "apply_columns": ("columns_backward", "parts of strips"),
     "finish_stats": ("channels", None),
     "finish_given": ("channels", None),
     "finish_backward": ("channels", None),
@@ -69,12 +73,17 @@ TABLE: Mapping[tuple[str, str, str], tuple[str, ...]] = {
 CACHE = 300 << 10
 # Values whose moments are summed before they are merged. It bounds how far a naive sum can drift, and costs one merge in 65,536.
 BLOCK = 1 << 16
+# Rows of columns that are written in one task at least, as their constants are spread first; and tasks a strip is cut into at most, as
+# a task ends with a prefetch for nothing.
+LEAST_ROWS, MOST_PARTS = 128, 32
 # A channel larger than the last-level cache is read twice from memory whichever way; sweeps keep all threads on it.
 LARGEST_CHANNEL = 16 << 20
 # Fewer channels than this do not feed the threads of a common machine one by one.
 FEW_CHANNELS = 8
+# A thread's share of a call, in smallest pieces: it waits for the others one of these at most, and a piece has a start and an end.
+SHARES = 4
 # Below this many values the threads' wake-up costs more than it saves.
-PARALLEL_FROM = 1 << 18
+PARALLEL_FROM = 3 << 18
 # Bytes one kernel call may cross: about 10 ms, so that Ctrl-C is noticed.
 PIECE = 32 << 20
 
@@ -115,12 +124,17 @@ class Schedule:
 def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     """The schedule for a plan; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward."""
     road, group, blocks, rows, tasks = _cut(p, itemsize, tensors)
+    width = group * p.S * p.fold
+    rows_a_part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
     shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
-    arguments = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows}
+    arguments = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows, "rows_a_part": rows_a_part}
+    arguments["weight"] = None
+    arguments["pieces"] = 1 + p.count * p.C * itemsize // PIECE  # kernel calls at least, so that Ctrl-C is noticed
     scratch = (group, 4 * LANES)
     if p.family == "columns":
         # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
-        scratch = (6, -(-group * p.S * p.fold // LANES) * LANES + LANES)
+        scratch = (6, -(-width // LANES) * LANES + LANES)
+        tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // rows_a_part))
     return Schedule(road, group, blocks, rows, tasks, arguments, (p.C, blocks, 4), scratch)
 
 
@@ -138,7 +152,7 @@ def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict
     if p.S == 1 or p.fold > 1:
         group = p.C if p.fold > 1 else min(p.C, 1024)
         strips = -(-p.C // group)
-        rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 18))), -(-512 // (p.fold * p.S)))
+        rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 17))), -(-512 // (p.fold * p.S)))
         blocks = max(1, -(-p.rows // rows))
         return "sweeps", group, blocks, rows, {"blocks of strips": strips * blocks}
     step = LANES // gcd(p.S, LANES)  # strips start at a multiple of 16 columns
@@ -174,9 +188,6 @@ class Step:
     kernel: Callable[..., int]
     split: str | None
     arguments: Callable[[Job], tuple[Any, ...]]
-    # Where `thread` (None if it has no workspace) and `first` stand; `last` follows.
-    thread: int | None
-    first: int
 
 
 @lru_cache(maxsize=1024)
@@ -184,8 +195,7 @@ def step(name: str, dtype: str, present: tuple[str, ...]) -> Step:
     """The step of a kernel's variant; compiles it, or loads it from disk, the first time."""
     split = STEPS[name][1]
     kernel, names = _kernel(name, dtype, present) if split else _kernel(name, dtype, ())
-    thread = names.index("thread") if "thread" in names else None
-    return Step(kernel, split, itemgetter(*names), thread, names.index("first") if split else 0)
+    return Step(kernel, split, itemgetter(*names[3:]) if split else itemgetter(*names))
 
 
 @lru_cache(maxsize=1024)
@@ -194,10 +204,9 @@ def program(operation: str, family: str, road: str, dtype: str, present: tuple[s
     return tuple(step(name, dtype if STEPS[name][1] else "float64", present) for name in TABLE[operation, family, road])
 
 
-def call(name: str, dtype: str, job: Job) -> int:
+def call(name: str, dtype: str, *arguments: Any) -> int:
     """Run a kernel that is not split."""
-    s = step(name, dtype, ())
-    return s.kernel(*s.arguments(job))
+    return step(name, dtype, ()).kernel(*arguments)
 
 
 def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tuple[str, ...], job: Job, threads: int) -> None:
@@ -206,42 +215,50 @@ def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tu
     Channels that do not fit float32 lanes (kernels/formulas.py says which) are normalised once more, in float64 lanes.
     """
     unfit = 0
-    steps = program(operation, p.family, road, dtype, present)
-    if threads == 1 and job["pieces"] == 1:  # a small call: the shortest way
-        job["thread"] = job["first"] = 0
-        for this in steps:
-            if this.split:
-                job["last"] = s.tasks[this.split]
-            unfit += this.kernel(*this.arguments(job)) or 0
-    else:
-        for this in steps:
-            unfit += _run(this, s, job, threads)
+    for this in program(operation, p.family, road, dtype, present):
+        unfit += _run(this, s, job, threads)
     if unfit and job.get("wide", True) is None:
         job["wide"] = False
         _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)
 
 
+@lru_cache(maxsize=4096)
+def cut(tasks: int, unit: int, threads: int, least: int) -> NDArray[np.int64]:
+    """Where `tasks` are cut into pieces, `least` or more, at multiples of `unit`: piece k is cut[k] to cut[k + 1].
+
+    For several threads pieces become smaller towards the end, so that none waits long for the others.
+    """
+    units = -(-tasks // unit)
+    largest = -(-units // least)
+    smallest = min(largest, max(1, units // (threads * SHARES)))
+    cuts = [0]
+    while cuts[-1] < units:
+        left = units - cuts[-1]
+        fair = largest if threads == 1 else 3 * left // (4 * threads)
+        cuts.append(cuts[-1] + min(left, largest, max(smallest, fair)))
+    return np.minimum(np.array(cuts, np.int64) * unit, tasks)
+
+
+_ALONE = np.empty(0, np.int64)  # the board of a thread that shares with none
+
+
 def _run(this: Step, s: Schedule, job: Job, threads: int) -> int:
     """Run one step; the sum of what its kernel returns, which is how many channels do not fit, or nothing."""
-    job["thread"] = job["first"] = 0
-    job["last"] = tasks = s.tasks[this.split] if this.split else 0
     arguments = this.arguments(job)
-    if this.split is None or (threads == 1 and job["pieces"] == 1):
+    if this.split is None:
         return this.kernel(*arguments) or 0
-    piece = max(1, tasks // job["pieces"])
-    if this.split == "channels":  # whole groups
-        piece = -(-piece // s.group) * s.group
-    found = [0] * threads
+    pieces: int = job["pieces"]
+    cuts = cut(s.tasks[this.split], s.group if this.split == "channels" else 1, threads, pieces)
+    if threads == 1 and pieces == 1:
+        return this.kernel(BELL, _ALONE, cuts, 1, 0, arguments)
+    turns = len(cuts) if pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
+    board = np.zeros(3, np.int64)
 
-    def work(thread: int, first: int, last: int) -> None:
-        mine = list(arguments)
-        if this.thread is not None:
-            mine[this.thread] = thread
-        mine[this.first], mine[this.first + 1] = first, last
-        found[thread] += this.kernel(*mine) or 0
+    def work(thread: int) -> None:
+        this.kernel(BELL, board, cuts, turns, thread, arguments)
 
-    parallel(work, tasks, piece, threads)
-    return sum(found)
+    parallel(work, board, len(cuts) - 1, threads)
+    return int(board[FOUND])
 
 
 def threads_for(elements: int) -> int:

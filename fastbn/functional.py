@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks, cpu, gpu, memory, running
 from fastbn.context import Context
+from fastbn.kernels import rows
 
 if TYPE_CHECKING:
     from fastbn.statistics import Moments
@@ -139,7 +140,7 @@ def batch_norm_forward(
                 "train with more values, or pass training=False"
             )
     else:
-        table[cpu.MEAN], table[cpu.VAR], table[cpu.LOW] = mean, var, 0.0
+        table[rows.MEAN], table[rows.VAR], table[rows.LOW] = mean, var, 0.0
     y, mask = cpu.normalise(
         x_native, frame, table, eps, not training, relu, relu, residual, weights if training else None, out, x.dtype
     )
@@ -183,9 +184,9 @@ def _forward_of_nothing(
     out: Array | None,
 ) -> tuple[Array, Context]:
     """An empty batch: y is empty, and nothing is learnt from it."""
-    table[cpu.MEAN], table[cpu.VAR] = (0.0, 0.0) if training else (mean, var)
+    table[rows.MEAN], table[rows.VAR] = (0.0, 0.0) if training else (mean, var)
     with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
-        table[cpu.INVSTD] = 1.0 / np.sqrt(table[cpu.VAR] + eps)
+        table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     ctx = Context(x, axis, bool(training), 0.0, has_residual, relu, *dtypes, table, None)
     return np.empty_like(x) if out is None else out, ctx
@@ -244,13 +245,13 @@ def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) ->
     if out is not None:
         out = checks.output(out, x, dy, (("dy", dy), ("x, which ctx holds", x)))
     if x.size == 0:
-        grads = np.zeros((5, x.shape[ctx.axis]))
+        grads = np.zeros((rows.BACKWARD_ROWS, x.shape[ctx.axis]))
         dresidual: Array | None
         dx, dresidual = (np.empty_like(x) if out is None else out), np.empty_like(x)
     else:
         dx, grads, dresidual = cpu.backward(dy, x, ctx.state, not ctx.training, ctx.count, ctx.has_residual, out)
-    dgamma = None if ctx.gamma_dtype is None else (grads[cpu.SUM_DY_XMU] * ctx.table[cpu.INVSTD]).astype(ctx.gamma_dtype)
-    dbeta = None if ctx.beta_dtype is None else grads[cpu.SUM_DY].astype(ctx.beta_dtype)
+    dgamma = None if ctx.gamma_dtype is None else grads[rows.DGAMMA].astype(ctx.gamma_dtype)
+    dbeta = None if ctx.beta_dtype is None else grads[rows.SUM_DY].astype(ctx.beta_dtype)
     return (dx, dgamma, dbeta, dresidual) if ctx.has_residual else (dx, dgamma, dbeta)
 
 
@@ -311,7 +312,7 @@ def batch_norm_inference(
     if x.size == 0:
         return np.empty_like(x) if out is None else out
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
-    table[cpu.MEAN], table[cpu.VAR], table[cpu.LOW] = mean_, var_, 0.0
+    table[rows.MEAN], table[rows.VAR], table[rows.LOW] = mean_, var_, 0.0
     x_native = memory.native(x)
     frame = memory.frame_of(x_native, axis, dtype, False)
     return cpu.normalise(x_native, frame, table, eps, True, relu, False, residual, None, out, x.dtype)[0]
@@ -358,4 +359,4 @@ def moments(x: Array, *, axis: int = 1, sample_weight: Array | None = None) -> M
     if count == 0.0:
         return Moments.empty(x.shape[axis])
     table = cpu.statistics(x, frame, weights)
-    return Moments(count, table[cpu.MEAN], table[cpu.VAR] * count, table[cpu.LOW])
+    return Moments(count, table[rows.MEAN], table[rows.VAR] * count, table[rows.LOW])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,10 @@ class Frame:
         What it was made for, and `layout.plan` of it.
     size : int
         Values in an array.
-    pieces : int
-        Kernel calls an operation is cut into at least, so that Ctrl-C is noticed.
+    large : bool
+        Whether an array is large enough to be streamed.
+    in_memory, inverse : tuple of int
+        The shape in memory's order, and how an array of it is transposed to `shape`; None if it need not be.
     schedules : tuple of Schedule
         For the forward and for the backward.
     """
@@ -41,7 +43,9 @@ class Frame:
     def __init__(self, shape: tuple[int, ...], axis: int, dtype: str, itemsize: int, plan: Plan) -> None:
         self.shape, self.axis, self.dtype, self.itemsize, self.plan = shape, axis, dtype, itemsize, plan
         self.size = plan.count * plan.C
-        self.pieces = 1 + self.size * itemsize // dispatch.PIECE
+        self.large = self.size * itemsize >= STREAM_FROM
+        self.in_memory = tuple(shape[a] for a in plan.order)
+        self.inverse = None if plan.order == tuple(range(len(shape))) else tuple(plan.order.index(a) for a in range(len(shape)))
         self.schedules = dispatch.schedule(plan, itemsize, 1), dispatch.schedule(plan, itemsize, 2)
         self._strides: dict[tuple[int, ...], tuple[int, int] | None] = {}
 
@@ -51,6 +55,28 @@ class Frame:
         if a.strides not in known:
             known[a.strides] = layout.tensor_strides(self.plan, self.axis, a.shape, a.strides, a.itemsize)
         return known[a.strides]
+
+    @cached_property
+    def fresh_strides(self) -> tuple[int, int]:
+        """(row stride, channel stride) of what `empty` makes."""
+        strides, step = [0] * len(self.shape), self.itemsize
+        for a in reversed(self.plan.order):
+            strides[a] = step
+            step *= self.shape[a]
+        found = layout.tensor_strides(self.plan, self.axis, self.shape, tuple(strides), self.itemsize)
+        assert found is not None
+        return found
+
+    def empty(self, dtype: np.dtype[Any]) -> Array:
+        """An uninitialised array in x's memory order; a large one starts at a cache line, so that it can be streamed."""
+        if self.large:
+            size = self.size * dtype.itemsize
+            raw = np.empty(size + LINE, np.uint8)
+            offset = -address(raw) % LINE
+            a = raw[offset : offset + size].view(dtype).reshape(self.in_memory)
+        else:
+            a = np.empty(self.in_memory, dtype)
+        return a if self.inverse is None else a.transpose(self.inverse)
 
 
 @dataclass(frozen=True)
@@ -83,27 +109,6 @@ def native(x: Array) -> Array:
     return np.array(x, dtype=x.dtype.newbyteorder("="), order="K")
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...]) -> Array:
-    """An uninitialised array whose axes lie in memory in `order`; large ones start at a cache line, so that they can be streamed."""
-    inverse = _inverse(order)
-    in_memory = shape if inverse is None else tuple(shape[a] for a in order)
-    size = dtype.itemsize * math.prod(shape)
-    if size < STREAM_FROM:
-        a = np.empty(in_memory, dtype)
-    else:
-        raw = np.empty(size + LINE, np.uint8)
-        offset = -address(raw) % LINE
-        a = raw[offset : offset + size].view(dtype).reshape(in_memory)
-    return a if inverse is None else a.transpose(inverse)
-
-
-@lru_cache(maxsize=256)
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...] | None:
-    """How an array with axes in this order is transposed to their own; None if it need not be."""
-    in_order = tuple(range(len(order)))
-    return None if order == in_order else tuple(order.index(a) for a in in_order)
-
-
 @lru_cache(maxsize=1024)
 def _frame(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, dtype: str, itemsize: int, weighted: bool) -> Frame:
     return Frame(shape, axis, dtype, itemsize, layout.plan(shape, strides, axis, itemsize, weighted))
@@ -119,10 +124,9 @@ def readable(a: Array, f: Frame) -> Tensor:
     a = native(a)
     strides = f.strides(a)
     if strides is None:
-        copy = empty(a.shape, a.dtype, f.plan.order)
+        copy = f.empty(a.dtype)
         copy[...] = a
-        a, strides = copy, f.strides(copy)
-        assert strides is not None
+        a, strides = copy, f.fresh_strides
     return a, strides[0], strides[1]
 
 
@@ -131,16 +135,17 @@ def writable(out: Array | None, dtype: np.dtype[Any], f: Frame) -> tuple[Array, 
 
     Without `out` a new array of `dtype` in x's memory order; a new one too where the kernels cannot write `out` directly.
     """
+    if out is None and dtype.isnative:
+        y = f.empty(dtype)
+        return y, (y, *f.fresh_strides), None
     if out is not None and out.dtype.isnative and out.flags.aligned:
         strides = f.strides(out)
         if strides is not None:
             return out, (out, *strides), None
-    made = empty(f.shape, dtype if dtype.isnative else dtype.newbyteorder("="), f.plan.order)
-    strides = f.strides(made)
-    assert strides is not None
-    if out is None and not dtype.isnative:  # y has x's dtype, byte order included
-        out = empty(f.shape, dtype, f.plan.order)
-    return (made, (made, *strides), None) if out is None else (out, (made, *strides), made)
+    made = f.empty(dtype.newbyteorder("="))
+    if out is None:  # y has x's dtype, byte order included
+        out = f.empty(dtype)
+    return out, (made, *f.fresh_strides), made
 
 
 def finish_output(out: Array, made: Array | None) -> None:
@@ -179,7 +184,7 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
 def streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
     """Whether the output is written around the cache: it is large, and rows keep the alignment that this needs."""
     p = f.plan
-    if f.size * f.itemsize < STREAM_FROM:
+    if not f.large:
         return False
     if p.family == "planes":
         return True

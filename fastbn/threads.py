@@ -1,10 +1,11 @@
 """Our own threads over nogil kernels; Numba's threading layers are never started.
 
-Those layers abort when two Python threads use them at once (workqueue) or kill a forked child (omp). A kernel here is serial over
-a range of tasks; this module cuts the tasks into shares, offers all but one to a few daemon threads that wait on a queue, and the
-caller works too. Who computes a task never changes its bits.
+Those layers abort when two Python threads use them at once (workqueue) or kill a forked child (omp). A call here is cut into pieces,
+which its threads take from a board, one by one, until there are none (kernels/team.py): the caller, and a few daemon threads that wait
+on a queue each. Who computes a piece never changes its bits.
 
-- A share belongs to whoever claims it first. The caller claims what no worker has begun, so nothing ever depends on a worker.
+- The caller takes what no worker has begun, so nothing ever depends on a worker, and returns when all pieces are computed, without
+  waiting for the workers to come back.
 - A second Python thread that calls while the workers are busy does all of its tasks itself: nothing waits for another's work.
 - A forked child starts with no workers and makes its own at the first call.
 - On an exception, Ctrl-C included, no new piece is started and the call returns only after the workers have stopped writing.
@@ -24,8 +25,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-# kernel(thread, first, last): the tasks first..last, with the workspace of `thread`.
-Kernel = Callable[[int, int, int], object]
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.kernels.rows import DONE, NEXT
+
+Board = NDArray[np.int64]
+
+# work(thread): take pieces from the call's board and compute them, until there are none or it is time to look for signals.
+Work = Callable[[int], object]
 
 
 class _Stop:
@@ -35,11 +43,10 @@ class _Stop:
 
 
 class _Share:
-    """A contiguous range of tasks, done in pieces so that a stop is noticed between them."""
+    """The part of one thread in a call: as many pieces as it gets hold of."""
 
-    def __init__(self, kernel: Kernel, piece: int, stop: _Stop, thread: int, first: int, last: int) -> None:
-        self.kernel, self.piece, self.stop = kernel, piece, stop
-        self.thread, self.first, self.last = thread, first, last
+    def __init__(self, work: Work, board: Board, pieces: int, stop: _Stop, thread: int) -> None:
+        self.take, self.board, self.pieces, self.stop, self.thread = work, board, pieces, stop, thread
         self.owner: dict[str, str] = {}
         self.finished = False  # by a worker
         self.error: BaseException | None = None
@@ -51,11 +58,8 @@ class _Share:
         return self.owner.setdefault("owner", who) == who
 
     def work(self) -> None:
-        first = self.first
-        while first < self.last and not self.stop.wanted:
-            last = min(first + self.piece, self.last)
-            self.kernel(self.thread, first, last)
-            first = last
+        while self.board[NEXT] < self.pieces and not self.stop.wanted:
+            self.take(self.thread)
 
     def work_and_report(self) -> None:
         if not self.claim("worker"):
@@ -76,19 +80,29 @@ class _Share:
 
 
 class _Call:
-    """One kernel over a range of tasks, in as many shares as there are threads."""
+    """One kernel over its pieces, in as many shares as there are threads; the first is the caller's."""
 
-    def __init__(self, kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
+    def __init__(self, work: Work, board: Board, pieces: int, threads: int) -> None:
         self.stop = _Stop()  # shares do not know the call: a cycle would keep its arrays until the garbage collector comes
-        bounds = [tasks * k // threads for k in range(threads + 1)]
-        self.shares = [_Share(kernel, piece, self.stop, k, bounds[k], bounds[k + 1]) for k in range(threads)]
+        self.board, self.pieces = board, pieces
+        self.shares = [_Share(work, board, pieces, self.stop, k) for k in range(threads)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pieces are computed. A worker may still be on its way back, but writes nothing any more."""
+        return bool(self.board[DONE] >= self.pieces)
+
+    def wait(self) -> None:
+        """Return once no piece is being computed."""
+        if not self.complete:
+            for share in self.shares[1:]:
+                share.wait()
 
     def settle(self) -> None:
-        """Return once no worker is at work, however often Ctrl-C is pressed meanwhile."""
+        """The same, however often Ctrl-C is pressed meanwhile."""
         while True:
             try:
-                for share in self.shares:
-                    share.wait()
+                self.wait()
                 return
             except BaseException:
                 self.stop.wanted = True  # the exception that matters is on its way up already
@@ -136,6 +150,8 @@ def _serve(queue: SimpleQueue[_Share]) -> None:
 
 
 _pool = _Pool()
+# Rung by callers, heard by workers that linger (kernels/team.py).
+BELL = np.zeros(1, np.int64)
 
 # Held while kernels' modules are imported, which takes a second at first and starts with Numba.
 importing = threading.RLock()
@@ -175,8 +191,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
-def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
-    """Run kernel(thread, first, last) over range(tasks), in contiguous shares, `piece` tasks a call at most.
+def parallel(work: Work, board: Board, pieces: int, threads: int) -> None:
+    """Let threads compute the pieces of a call.
+
+    Parameters
+    ----------
+    work : callable
+        work(thread) takes pieces: it adds 1 to board[NEXT] for each that it begins, and 1 to board[DONE] when that is computed. It may
+        return before there are none left, and is then called again.
+    board : int64 array
+        Zeros.
+    pieces, threads : int
 
     Raises
     ------
@@ -184,21 +209,18 @@ def parallel(kernel: Kernel, tasks: int, piece: int, threads: int) -> None:
         Whatever a kernel, or a signal handler meanwhile, raised; after all threads have stopped.
     """
     pool = _pool
-    threads = min(threads, tasks)
+    threads = min(threads, pieces)
     if threads <= 1 or sys.is_finalizing():
         threads = 1
-    call = _Call(kernel, tasks, piece, threads)
+    call = _Call(work, board, pieces, threads)
     try:
         try:
             if threads > 1 and pool.take(call):
                 pool.grow(threads - 1)
                 for queue, share in zip(pool.queues, call.shares[1:], strict=False):
                     queue.put(share)
-            for share in call.shares:
-                if share.claim("caller"):
-                    share.work()
-            for share in call.shares:
-                share.wait()
+            call.shares[0].work()
+            call.wait()
         except BaseException:
             call.stop.wanted = True
             raise

@@ -15,6 +15,7 @@ from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for a
     COEF_A,
     COEF_B,
     COEF_C,
+    DGAMMA,
     GAMMA,
     INVSTD,
     LOW,
@@ -87,8 +88,8 @@ def takes(table, c, wide):
 @inline
 def finish_blocks(table, partial, c, eps):
     """Merge the blocks of a channel in order, so that the bits do not depend on who computed which."""
-    count, average, m2 = 0.0, 0.0, 0.0
-    for b in range(partial.shape[1]):
+    count, average, m2 = partial[c, 0, 0], partial[c, 0, 1], partial[c, 0, 2]
+    for b in range(1, partial.shape[1]):
         if partial[c, b, 0] > 0.0:
             count, average, m2 = merge(count, average, m2, partial[c, b, 0], partial[c, b, 1], partial[c, b, 2])
     return finish_channel(table, c, partial[c, 0, 3], count, average, m2, eps)
@@ -137,6 +138,7 @@ def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, constant
     """dx = A * dy + B * (x - mean) + C of a channel; frozen statistics are constants."""
     grads[SUM_DY, c] = sum_dy
     grads[SUM_DY_XMU, c] = sum_dy_xmu
+    grads[DGAMMA, c] = sum_dy_xmu * table[INVSTD, c]
     a, b, d = backward_coefficients(table[GAMMA, c], table[INVSTD, c], sum_dy, sum_dy_xmu, count)
     grads[COEF_A, c] = a
     grads[COEF_B, c] = 0.0 if constant else b

@@ -26,7 +26,7 @@ A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements
 
 from fastbn.kernels.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import flush_bits, normalise, normalise_some, prefetch_run
+from fastbn.kernels.planes import flush_bits, normalise, normalise_some
 from fastbn.kernels.simd import (
     LANES,
     bias,
@@ -48,6 +48,7 @@ from fastbn.kernels.simd import (
     vectors,
 )
 from fastbn.kernels.strips import (
+    ahead_of,
     clear,
     collapse,
     expand,
@@ -55,7 +56,6 @@ from fastbn.kernels.strips import (
     next_position,
     next_tile,
     rows_ahead,
-    run_ahead,
     strip_of,
     weight_vector,
 )
@@ -91,7 +91,7 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
                 acc = add_value(acc, e, weight_vector(weight, r, position))
         store(sums, j, acc[0])
         store(squares, j, acc[1])
-        position = next_position(position, LANES, S)
+        position = next_position(weight, position, LANES, S)
 
 
 @inline
@@ -133,7 +133,7 @@ def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold,
         partial[c0 + c, block, 0], partial[c0 + c, block, 1], partial[c0 + c, block, 2] = n, d, m2
 
 
-def stats_columns(x, weight, R, rest, C, S, fold, partial, points, scratch, thread, first, last, group, rows_a_block):
+def stats_columns(thread, first, last, x, weight, R, rest, C, S, fold, partial, points, scratch, group, rows_a_block):
     """Moments of tasks first..last; task = block * strips + strip. A row of partial is (count, mean - shift, M2, shift)."""
     strips = (C + group - 1) // group
     blocks = partial.shape[1]
@@ -142,6 +142,7 @@ def stats_columns(x, weight, R, rest, C, S, fold, partial, points, scratch, thre
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
         more = rest if b == blocks - 1 else 0
         gather_block(x, weight, points, r0, r1, more, strip, group, C, S, fold, scratch[thread], partial, b)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- output
@@ -189,17 +190,16 @@ def constants_at(rows, j, wide):
 
 
 @inline
-def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, ahead, x_after, r_after):
+def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, x_ahead, r_ahead):
     """One row of a strip; the first `head` columns come before the boundary that streaming needs."""
-    lead, x_left, r_left = ahead
     carry = 0
     j = 0
     if head > 0:
         carry = normalise_some(xp, yp, rp, mp, relu, wide, j, head, constants_at(rows, j, wide), carry)
         j += head
     while j + LANES <= width:
-        prefetch_run(xp, j + lead, x_left, x_after)
-        prefetch_run(rp, j + lead, r_left, r_after)
+        prefetch(x_ahead, j)
+        prefetch(r_ahead, j)
         carry = normalise(xp, yp, rp, mp, relu, wide, j, constants_at(rows, j, wide), streamed, carry)
         j += LANES
     if j < width:
@@ -214,63 +214,46 @@ def normalise_rows(x, y, residual, mask, relu, wide, first, last, rest, column, 
     Row after row, as memory lies: two rows or eight side by side, whose constants would be loaded once for all, write lines of one
     memory channel in a row, which takes 1.25 times as long as a copy where this takes 1.08.
     """
-    lead = run_ahead(y, width)
-    ahead = (lead, 0 if cached else width, width)
     boundary = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
     means, lows = constants(scratch, MEAN_ROW, wide), constants(scratch, LOW_ROW, wide)
     rows = (means, lows, constants(scratch, SCALE_ROW, wide), constants(scratch, BIAS_ROW, wide))
     for r in range(first, last + (rest > 0)):
         here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
         xp, yp, rp, mp = row(x, r, column), row(y, r, column), row(residual, r, column), row(mask, r, column >> 4)
-        x_after = moved(xp, width - lead) if cached else row(x, r + 1, column)
-        normalise_row(xp, yp, rp, mp, relu, wide, head, here, rows, around, ahead, x_after, row(residual, r + 1, column))
+        x_ahead, r_ahead = ahead_of(x, r, column, width, cached), ahead_of(residual, r, column, width, False)
+        normalise_row(xp, yp, rp, mp, relu, wide, head, here, rows, around, x_ahead, r_ahead)
 
 
 def normalise_columns(
-    x, y, residual, mask, relu, wide, R, rest, C, S, fold, table, scratch, thread, first, last, group, rows_a_block, streamed
-):
-    """y from the rows MEAN, LOW, SCALE and BETA of the table; task = block * strips + strip.
+    thread, first, last, x, y, residual, mask, relu, wide, R, rest, C, S, fold, table, scratch, group, rows_a_part, streamed,
+):  # fmt: skip
+    """y from the rows MEAN, LOW, SCALE and BETA of the table; task = part * strips + strip.
 
-    Blocks are taken from the last row to the first: the statistics sweep left the last rows in the cache.
+    Parts are taken from the last row to the first: the statistics sweep left the last rows in the cache.
     """
     strips = (C + group - 1) // group
-    blocks = max(1, (R + rows_a_block - 1) // rows_a_block)
+    parts = max(1, (R + rows_a_part - 1) // rows_a_part)
     mine = scratch[thread]
+    spread = -1  # the strip whose constants are there
     for task in range(first, last):
-        b, strip = blocks - 1 - task // strips, task % strips
-        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-        more = rest if b == blocks - 1 else 0
+        part, strip = parts - 1 - task // strips, task % strips
+        r0, r1 = part * rows_a_part, min((part + 1) * rows_a_part, R)
+        more = rest if part == parts - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
         if takes_strip(table, c0, channels, wide):
-            expand_constants(table, mine, c0, channels, S, width, wide)
+            if strip != spread:
+                expand_constants(table, mine, c0, channels, S, width, wide)
+                spread = strip
             normalise_rows(x, y, residual, mask, relu, wide, r0, r1, more, column, width, mine, streamed, False)
     if streamed:
         fence()
+    return 0
 
 
 def forward_columns(
-    x,
-    y,
-    residual,
-    weight,
-    mask,
-    relu,
-    wide,
-    R,
-    C,
-    S,
-    table,
-    eps,
-    partial,
-    points,
-    scratch,
-    thread,
-    first,
-    last,
-    group,
-    rows_a_block,
-    streamed,
-):
+    thread, first, last, x, y, residual, weight, mask, relu, wide, R, C, S, table, eps, partial, points, scratch, group,
+    rows_a_block, streamed,
+):  # fmt: skip
     """Training forward of short planes, strips first..last: moments from memory, then y out of the cache.
 
     How many channels do not fit float32 lanes: if that is what their strip was normalised in, its y is to be written again.

@@ -6,7 +6,6 @@ sweep everything once each; `backward_columns` takes short planes strip by strip
 
 from fastbn.kernels.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import prefetch_run
 from fastbn.kernels.planes_backward import add_products, apply, apply_some, gradient, gradient_some
 from fastbn.kernels.simd import (
     LANES,
@@ -23,9 +22,11 @@ from fastbn.kernels.simd import (
     row,
     splat,
     store,
+    two_words,
     vectors,
 )
 from fastbn.kernels.strips import (
+    ahead_of,
     clear,
     collapse,
     expand,
@@ -33,7 +34,6 @@ from fastbn.kernels.strips import (
     next_position,
     next_tile,
     rows_ahead,
-    run_ahead,
     strip_of,
     weight_vector,
 )
@@ -81,7 +81,7 @@ def reduce_tile(x, dy, weight, mask, first, last, column, width, scratch, lead):
 def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fold, table, scratch, partial, block):
     """Both sums of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
     c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    for k in range(min(2, table.shape[0])):  # MEAN, LOW
+    for k in range(2 if two_words(x) else 1):  # MEAN, LOW
         expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
     clear(vectors(scratch, DY_ROW), width)
     clear(vectors(scratch, DY_XMU_ROW), width)
@@ -99,7 +99,7 @@ def reduce_block(x, dy, weight, mask, first, last, rest, strip, group, C, S, fol
         partial[c0 + c, block, 1] = get(vectors(scratch, DY_XMU_ROW), c)
 
 
-def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scratch, thread, first, last, group, rows_a_block):
+def reduce_columns(thread, first, last, x, dy, weight, mask, R, rest, C, S, fold, table, partial, scratch, group, rows_a_block):
     """Both sums of tasks first..last, into the first two numbers of a row of partial; task = block * strips + strip."""
     strips = (C + group - 1) // group
     blocks = partial.shape[1]
@@ -108,6 +108,7 @@ def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scr
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
         more = rest if b == blocks - 1 else 0
         reduce_block(x, dy, weight, mask, r0, r1, more, strip, group, C, S, fold, table, scratch[thread], partial, b)
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------------------- dx
@@ -115,9 +116,9 @@ def reduce_columns(x, dy, weight, mask, R, rest, C, S, fold, table, partial, scr
 
 @inline
 def expand_coefficients(x, table, grads, scratch, first, channels, S, width):
-    """The five numbers of `slope` by column, for the channels from `first` on; means only where x needs them."""
+    """The numbers of `slope` by column, for the channels from `first` on; means only where x needs them, as `apart` says."""
     means = moved(vectors(table, MEAN), first)
-    for k in range(min(2, table.shape[0])):  # MEAN, LOW
+    for k in range(2 if two_words(x) else 0):  # MEAN, LOW
         expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
     for k in range(min(3, grads.shape[0])):  # COEF_A, COEF_B, COEF_C
         values = moved(vectors(grads, COEF_A + k), first)
@@ -139,20 +140,19 @@ def coefficients_at(rows, j):
 
 
 @inline
-def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, width, S, scratch, rows, streamed, ahead, x_after, dy_after):
+def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, width, S, rows, streamed, x_ahead, dy_ahead):
     """Row r of a strip; the first `head` columns come before the boundary that streaming needs."""
-    lead, left = ahead
     j = position = 0
     if head > 0:
         apply_some(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, head, coefficients_at(rows, j))
         j = head
-        position = next_position(position, head, S)
+        position = next_position(weight, position, head, S)
     while j + LANES <= width:
-        prefetch_run(xp, j + lead, left, x_after)
-        prefetch_run(dyp, j + lead, left, dy_after)
+        prefetch(x_ahead, j)
+        prefetch(dy_ahead, j)
         apply(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, coefficients_at(rows, j), streamed)
         j += LANES
-        position = next_position(position, LANES, S)
+        position = next_position(weight, position, LANES, S)
     if j < width:
         apply_some(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, width - j, coefficients_at(rows, j))
 
@@ -160,80 +160,44 @@ def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, width, S, scratch,
 @inline
 def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, first, last, rest, column, width, S, scratch, streamed, cached):
     """Rows first..last of a strip, and the `rest` columns of row `last`, as memory lies; `cached` as in `normalise_rows`."""
-    lead = run_ahead(dx, width)
-    ahead = (lead, 0 if cached else width)
     boundary = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
     means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
     rows = (means, lows, vectors(scratch, A_ROW), vectors(scratch, B_ROW), vectors(scratch, C_ROW))
     for r in range(first, last + (rest > 0)):
         here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
         xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
-        x_after = moved(xp, width - lead) if cached else row(x, r + 1, column)
-        dy_after = moved(dyp, width - lead) if cached else row(dy, r + 1, column)
+        x_ahead, dy_ahead = ahead_of(x, r, column, width, cached), ahead_of(dy, r, column, width, cached)
         mp = mask_row(mask, r, column)
-        apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, here, S, scratch, rows, around, ahead, x_after, dy_after)
+        apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, head, here, S, rows, around, x_ahead, dy_ahead)
 
 
 def apply_columns(
-    x,
-    dy,
-    dx,
-    dresidual,
-    weight,
-    mask,
-    frozen,
-    R,
-    rest,
-    C,
-    S,
-    fold,
-    table,
-    grads,
-    scratch,
-    thread,
-    first,
-    last,
-    group,
-    rows_a_block,
-    streamed,
-):
-    """dx and dresidual from the rows COEF_A to COEF_C of grads; blocks of rows from the last to the first, as in the forward."""
+    thread, first, last, x, dy, dx, dresidual, weight, mask, frozen, R, rest, C, S, fold, table, grads, scratch, group,
+    rows_a_part, streamed,
+):  # fmt: skip
+    """dx and dresidual from the rows COEF_A to COEF_C of grads; parts from the last row to the first, as in the forward."""
     strips = (C + group - 1) // group
-    blocks = max(1, (R + rows_a_block - 1) // rows_a_block)
+    parts = max(1, (R + rows_a_part - 1) // rows_a_part)
     mine = scratch[thread]
+    spread = -1  # the strip whose coefficients are there
     for task in range(first, last):
-        b, strip = blocks - 1 - task // strips, task % strips
-        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-        more = rest if b == blocks - 1 else 0
+        part, strip = parts - 1 - task // strips, task % strips
+        r0, r1 = part * rows_a_part, min((part + 1) * rows_a_part, R)
+        more = rest if part == parts - 1 else 0
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
-        expand_coefficients(x, table, grads, mine, c0, channels, S, width)
+        if strip != spread:
+            expand_coefficients(x, table, grads, mine, c0, channels, S, width)
+            spread = strip
         apply_rows(x, dy, dx, dresidual, weight, mask, frozen, r0, r1, more, column, width, S, mine, streamed, False)
     if streamed:
         fence()
+    return 0
 
 
 def backward_columns(
-    x,
-    dy,
-    dx,
-    dresidual,
-    weight,
-    mask,
-    R,
-    C,
-    S,
-    table,
-    grads,
-    count,
-    partial,
-    scratch,
-    thread,
-    first,
-    last,
-    group,
-    rows_a_block,
+    thread, first, last, x, dy, dx, dresidual, weight, mask, R, C, S, table, grads, count, partial, scratch, group, rows_a_block,
     streamed,
-):
+):  # fmt: skip
     """Training backward of short planes, strips first..last: sums from memory, then dx out of the cache."""
     mine = scratch[thread]
     for strip in range(first, last):
@@ -248,3 +212,4 @@ def backward_columns(
         apply_rows(x, dy, dx, dresidual, weight, mask, None, 0, R, 0, column, width, S, mine, streamed, True)
     if streamed:
         fence()
+    return 0

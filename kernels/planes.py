@@ -181,16 +181,13 @@ def normalise_plane(xp, yp, rp, mp, relu, wide, start, stop, channel, streamed):
 
 
 @inline
-def prefetch_run(p, i, left, after):
-    """Ask for p[i], or for what follows in the next run where this one ends after `left` values. Of None: nothing."""
-    if i < left:
-        prefetch(p, i)
-    else:
-        prefetch(after, i - left)
+def ahead_of_run(p, left, after):
+    """What to prefetch at p, of which `left` values remain: PREFETCH values on, or in the next run. Of None: nothing."""
+    return moved(p, PREFETCH) if left > PREFETCH else moved(after, PREFETCH - left)
 
 
 @inline
-def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S):
+def normalise_and_gather(xp, yp, rp, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S):
     """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
     carry = 0
     k = splat(shift)
@@ -199,13 +196,17 @@ def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, wide, channel, s
         carry = normalise_some(xp, yp, rp, mp, relu, wide, 0, head, channel, carry)
     i = 0
     j = head
+    x_ahead, r_ahead = ahead_of_run(ahead, left, after), ahead_of_run(rp, left, r_after)
+    turn = left - PREFETCH if left > PREFETCH else S
     while j + LANES <= S:
-        prefetch_run(ahead, i + PREFETCH, left, after)
-        prefetch_run(rp, i + PREFETCH, r_left, r_after)
-        sums = gather(ahead, wp, i, k, sums)
-        carry = normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry)
-        i += LANES
-        j += LANES
+        while j + LANES <= S and i < turn:  # until what is prefetched lies in the next run; a choice for each vector is slower
+            prefetch(x_ahead, i)
+            prefetch(r_ahead, i)
+            sums = gather(ahead, wp, i, k, sums)
+            carry = normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry)
+            i += LANES
+            j += LANES
+        x_ahead, r_ahead, turn = moved(after, PREFETCH - left), moved(r_after, PREFETCH - left), S
     if j < S:
         carry = normalise_some(xp, yp, rp, mp, relu, wide, j, S - j, channel, carry)
     flush_bits(mp, carry, S)
@@ -222,8 +223,9 @@ def normalise_and_gather(xp, yp, rp, r_left, r_after, mp, relu, wide, channel, s
 
 
 def forward_planes(
-    x, y, residual, weight, mask, relu, wide, N, S, table, eps, points, scratch, thread, first, last, group, planes_a_block, streamed
-):
+    thread, first, last, x, y, residual, weight, mask, relu, wide, N, S, table, eps, points, scratch, group, planes_a_block,
+    streamed,
+):  # fmt: skip
     """Training forward of the channels first..last: y, and the rows MEAN to SCALE and ANCHOR of the table.
 
     The group of channels at hand is normalised while the next group is gathered. How many channels do not fit float32 lanes: if that
@@ -263,9 +265,9 @@ def forward_planes(
                     ahead, shift = plane(x, n, c + group), scratch[row, SHIFT]
                     left, after = (min(stop + group, last) - c - group) * S, plane(x, n + 1, start + group)
                     sums = load_sums(scratch, row)
-                    r_left, r_after = (stop - c) * S, plane(residual, n + 1, start)
+                    r_after = plane(residual, n + 1, start)
                     sums = normalise_and_gather(
-                        xp, yp, rp, r_left, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S
+                        xp, yp, rp, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S
                     )
                     save_sums(scratch, row, sums)
                     if (n + 1) % planes_a_block == 0 or n + 1 == N:
@@ -277,7 +279,7 @@ def forward_planes(
     return unfit
 
 
-def stats_planes(x, weight, N, S, partial, points, first, last, planes_a_block, segment):
+def stats_planes(thread, first, last, x, weight, N, S, partial, points, planes_a_block, segment):
     """Moments of blocks first..last; block = channel * blocks + k. A row of partial is (count, mean - shift, M2, shift).
 
     A block is `planes_a_block` whole planes, or, where a plane is longer than `segment`, one segment of a plane.
@@ -298,9 +300,10 @@ def stats_planes(x, weight, N, S, partial, points, first, last, planes_a_block, 
         count = float((n_last - n_first) * (stop - start)) if weight is None else sum_lanes(sums[2])
         partial[c, b, 0], partial[c, b, 1], partial[c, b, 2] = block_moments(sums, count)
         partial[c, b, 3] = shift
+    return 0
 
 
-def normalise_planes(x, y, residual, mask, relu, wide, C, S, table, first, last, segment, streamed):
+def normalise_planes(thread, first, last, x, y, residual, mask, relu, wide, C, S, table, segment, streamed):
     """y from the rows MEAN, LOW, SCALE and BETA of the table, for segments first..last; segments are counted in memory order."""
     segments = (S + segment - 1) // segment
     for task in range(first, last):
@@ -313,3 +316,4 @@ def normalise_planes(x, y, residual, mask, relu, wide, C, S, table, first, last,
             normalise_plane(plane(x, n, c), plane(y, n, c), rp, mp, relu, wide, start, stop, channel_vectors(table, c, wide), streamed)
     if streamed:
         fence()
+    return 0

@@ -15,7 +15,7 @@ Versions, in passes over memory (the floor is three):
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import PREFETCH, head_of, prefetch_run
+from fastbn.kernels.planes import PREFETCH, ahead_of_run, head_of
 from fastbn.kernels.simd import (
     LANES,
     apart,
@@ -27,8 +27,10 @@ from fastbn.kernels.simd import (
     keep,
     load,
     load_some,
+    moved,
     only,
     plane,
+    prefetch,
     splat,
     store,
     store_some,
@@ -156,13 +158,17 @@ def apply_and_reduce(
         apply_some(xp, dyp, dxp, drp, mp, load_some(wp, 0, head), None, 0, head, coefficients)
     i = 0
     j = head
+    x_next, dy_next = ahead_of_run(x_ahead, left, x_after), ahead_of_run(dy_ahead, left, dy_after)
+    turn = left - PREFETCH if left > PREFETCH else S
     while j + LANES <= S:
-        prefetch_run(x_ahead, i + PREFETCH, left, x_after)
-        prefetch_run(dy_ahead, i + PREFETCH, left, dy_after)
-        sums = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, sums)
-        apply(xp, dyp, dxp, drp, mp, load(wp, j), None, j, coefficients, streamed)
-        i += LANES
-        j += LANES
+        while j + LANES <= S and i < turn:  # as in `normalise_and_gather`
+            prefetch(x_next, i)
+            prefetch(dy_next, i)
+            sums = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, sums)
+            apply(xp, dyp, dxp, drp, mp, load(wp, j), None, j, coefficients, streamed)
+            i += LANES
+            j += LANES
+        x_next, dy_next, turn = moved(x_after, PREFETCH - left), moved(dy_after, PREFETCH - left), S
     if j < S:
         apply_some(xp, dyp, dxp, drp, mp, load_some(wp, j, S - j), None, j, S - j, coefficients)
     return reduce_plane(x_ahead, dy_ahead, m_ahead, weight, i, S, mean, low, sums)
@@ -177,7 +183,7 @@ def clear_sums(scratch, row):
     save_sums(scratch, row, (zero, zero, zero))
 
 
-def backward_planes(x, dy, dx, dresidual, weight, mask, N, S, table, grads, count, scratch, thread, first, last, group, streamed):
+def backward_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, N, S, table, grads, count, scratch, group, streamed):
     """Training backward of the channels first..last: dx, dresidual, and the rows of grads.
 
     The group of channels at hand is written while the next group is reduced.
@@ -221,9 +227,10 @@ def backward_planes(x, dy, dx, dresidual, weight, mask, N, S, table, grads, coun
                     apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficients, streamed)
     if streamed:
         fence()
+    return 0
 
 
-def reduce_planes(x, dy, weight, mask, N, S, table, partial, first, last, planes_a_block, segment):
+def reduce_planes(thread, first, last, x, dy, weight, mask, N, S, table, partial, planes_a_block, segment):
     """Both sums of blocks first..last, into the first two numbers of a row of partial; blocks as in stats_planes."""
     segments = (S + segment - 1) // segment
     blocks = partial.shape[1]
@@ -239,9 +246,10 @@ def reduce_planes(x, dy, weight, mask, N, S, table, partial, first, last, planes
             sums = reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, start, stop, mean, low, sums)
         partial[c, b, 0] = sum_lanes(sums[0])
         partial[c, b, 1] = sum_lanes(sums[1])
+    return 0
 
 
-def apply_planes(x, dy, dx, dresidual, weight, mask, frozen, C, S, table, grads, first, last, segment, streamed):
+def apply_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, frozen, C, S, table, grads, segment, streamed):
     """dx and dresidual from the rows COEF_A to COEF_C of grads, for segments first..last in memory order."""
     segments = (S + segment - 1) // segment
     for task in range(first, last):
@@ -255,3 +263,4 @@ def apply_planes(x, dy, dx, dresidual, weight, mask, frozen, C, S, table, grads,
         apply_plane(xp, plane(dy, n, c), plane(dx, n, c), drp, mp, wp, frozen, start, stop, coefficients, streamed)
     if streamed:
         fence()
+    return 0

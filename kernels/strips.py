@@ -2,7 +2,7 @@
 
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import PREFETCH
-from fastbn.kernels.simd import LANES, get, load, load_some, put, row, row_stride, splat, store, store_some, sum_lanes
+from fastbn.kernels.simd import LANES, get, load, load_some, moved, put, row, row_stride, splat, store, store_some, sum_lanes
 
 # Rows in flight. 1 leaves the memory idle (1.6 to 3 times the time of a copy where 8 takes 1.1 to 1.3), 16 is no better.
 TILE = 8
@@ -85,9 +85,16 @@ def lead_at(x, width, stop, last, lead):
 
 
 @inline
-def run_ahead(tensor, width):
-    """How far a sweep of row after row prefetches: beyond the end of a row, in the next one."""
-    return PREFETCH if row_stride(tensor) == width else min(PREFETCH, width)
+def ahead_of(tensor, r, column, width, cached):
+    """What a sweep of row after row prefetches while it is at row r of a strip.
+
+    The next strip where this one is `cached`, what lies PREFETCH values on where rows follow each other without gaps, or the next row.
+    One pointer for the row: choosing for each vector between this row and the next took as long as all the rest of apply_columns.
+    """
+    here = row(tensor, r, column)
+    if cached:
+        return moved(here, width)
+    return moved(here, PREFETCH) if row_stride(tensor) == width else row(tensor, r + 1, column)
 
 
 @inline
@@ -100,9 +107,10 @@ def weight_vector(weight, r, k):
 
 
 @inline
-def next_position(k, step, S):
-    """The position of the column `step` columns behind one of position k."""
-    k += step
-    while k >= S:
-        k -= S
+def next_position(weight, k, step, S):
+    """The position of the column `step` columns behind one of position k. Without weights nobody asks."""
+    if weight is not None:
+        k += step
+        while k >= S:
+            k -= S
     return k

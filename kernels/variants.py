@@ -11,6 +11,7 @@ from numba import njit, types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
+from fastbn.kernels import team
 from fastbn.kernels.cache import KernelCache
 from fastbn.kernels.simd import Pointer, bfloat16
 
@@ -61,6 +62,11 @@ def signature(function, dtype, present):
     return tuple(argument_type(name, dtype, present) for name in inspect.signature(function).parameters)
 
 
+def is_shared(function):
+    """Whether threads share a kernel's tasks: its first arguments are thread, first, last."""
+    return next(iter(inspect.signature(function).parameters)) == "thread"
+
+
 @contextmanager
 def _written_in_vectors():
     """LLVM at level 2 and without its own vectorisers, for code that is in vectors already; under the compiler lock.
@@ -82,6 +88,7 @@ _compiled = {}
 def compiled(function, dtype, present=()):
     """The machine code of a variant as a Python callable, from memory, from disk, or compiled now.
 
+    Of a kernel whose tasks threads share it is what `team` makes: its arguments are bell, board, cuts, turns, thread, arguments.
     The callable is Numba's entry point for the signature, without the dispatcher before it: it takes about 0.1 us, converts each
     argument to the one type it may have (TypeError otherwise), and releases the GIL.
     """
@@ -91,8 +98,10 @@ def compiled(function, dtype, present=()):
         # needs a kernel could wait for ever.
         with global_compiler_lock:
             if variant not in _compiled:
-                types_ = signature(function, dtype, present)
-                dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+                types_, code = signature(function, dtype, present), function
+                if is_shared(function):
+                    types_, code = team.signature(types_), team.team(function)
+                dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(code)
                 dispatcher._cache = KernelCache(function.__name__)
                 with _written_in_vectors():
                     _compiled[variant] = dispatcher, dispatcher.compile(types_)

@@ -13,11 +13,11 @@ import inputs
 import fastbn
 
 PATHS = [str(Path(fastbn.__file__).parents[1]), str(Path(__file__).parent)]
-# Shape and channel axis. All but the last have 2**18 values or more, from where on a call uses several threads.
+# Shape and channel axis. All but the last are large enough for several threads (test_threads.py holds that).
 WORK = {
-    "planes": ((16, 20, 29, 31), 1),
-    "columns": ((40, 13, 17, 33), -1),
-    "strips": ((150, 70, 5, 7), 1),
+    "planes": ((48, 20, 29, 31), 1),
+    "columns": ((110, 13, 17, 33), -1),
+    "strips": ((330, 70, 5, 7), 1),
     "small": ((6, 5, 20), 1),
 }
 

@@ -8,6 +8,7 @@ import inputs
 import numpy as np
 import pytest
 import subprocesses
+import teams
 
 import fastbn
 from fastbn import functional, threads, uninterrupted
@@ -16,6 +17,7 @@ ALARM = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system 
 # Kernels that take 2 ms a piece and note what they do; real signals, SIGALRM with the handler of SIGINT. Numba is not needed.
 PIECES = """
 import signal, threading, time
+import teams
 from fastbn import threads
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 written, at_work = [], 0
@@ -40,7 +42,7 @@ def test_one_interrupt(number):
 signal.setitimer(signal.ITIMER_REAL, 0.1)
 start = time.perf_counter()
 try:
-    threads.parallel(kernel, 3000, 1, {number})  # 2 s at least
+    teams.parallel(kernel, 3000, 1, {number})  # 2 s at least
     print("no interrupt")
 except KeyboardInterrupt:
     print(time.perf_counter() - start < 1.0)  # 0.1 s, a piece, and what a busy machine adds
@@ -48,7 +50,7 @@ before = len(written)
 time.sleep(0.05)
 print(len(written) == before, at_work == 0)
 written.clear()
-threads.parallel(kernel, 60, 1, {number})
+teams.parallel(kernel, 60, 1, {number})
 print(sorted(written) == list(range(60)), not threads._pool.at)
 """)
     assert out.split() == ["True"] * 5
@@ -65,14 +67,14 @@ def handler(number, frame):
     if armed:
         raise KeyboardInterrupt
 
-threads.parallel(kernel, 3, 1, 3)
+teams.parallel(kernel, 3, 1, 3)
 stop = time.perf_counter() + 2
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 while time.perf_counter() < stop:
     try:
         armed = True
-        threads.parallel(kernel, 30, 1, 3)
+        teams.parallel(kernel, 30, 1, 3)
         armed = False
     except KeyboardInterrupt:
         armed = False
@@ -81,7 +83,7 @@ while time.perf_counter() < stop:
 armed = False
 signal.setitimer(signal.ITIMER_REAL, 0)
 written.clear()
-threads.parallel(kernel, 60, 1, 3)
+teams.parallel(kernel, 60, 1, 3)
 print(interrupts > 20, left_at_work, sorted(written) == list(range(60)), not threads._pool.at)
 """)
     assert out.split() == ["True", "0", "True", "True"]
@@ -314,5 +316,5 @@ def test_stop_is_seen_between_pieces():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        threads.parallel(kernel, 1000, 1, 2)
+        teams.parallel(kernel, 1000, 1, 2)
     assert len(begun) <= 2

@@ -130,6 +130,7 @@ print(child == subprocesses.digest("small"))
 def test_fork_while_a_thread_is_in_the_pool():
     """The moment is made certain: the child starts with the pool taken and its workers gone."""
     assert run("""
+import teams
 from fastbn import threads
 right = subprocesses.digest("planes")
 inside, go_on = threading.Barrier(3), threading.Event()
@@ -138,14 +139,14 @@ def kernel(thread, first, last):
     inside.wait()
     go_on.wait(20)
 
-thread = threading.Thread(target=threads.parallel, args=(kernel, 2, 1, 2))
+thread = threading.Thread(target=teams.parallel, args=(kernel, 2, 1, 2))
 thread.start()
 inside.wait()
 assert threads._pool.at
 
 def two_threads_work():
     meeting = threading.Barrier(2)
-    threads.parallel(lambda thread, first, last: meeting.wait(10), 2, 1, 2)
+    teams.parallel(lambda thread, first, last: meeting.wait(10), 2, 1, 2)
     return subprocesses.digest("planes") == right
 
 print(in_fork(two_threads_work))
@@ -172,7 +173,7 @@ def test_use_at_exit():
     """In atexit and in a `__del__` that runs when modules are torn down, with a pool that has been used and with none yet."""
     code = """
 import atexit, inputs
-x, p = inputs.normal((16, 20, 29, 31)), inputs.parameters(20)
+x, p = inputs.normal((48, 20, 29, 31)), inputs.parameters(20)
 
 def work():
     mean, var = p[2].copy(), p[3].copy()

@@ -10,9 +10,10 @@ import inputs
 import numpy as np
 import pytest
 import subprocesses
+import teams
 
 import fastbn
-from fastbn import threads
+from fastbn import dispatch, threads
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_the_pool_is_used():
         inside.wait(timeout=30)
 
     inside = threading.Barrier(3)  # passes only with three threads in the kernel at once
-    threads.parallel(kernel, 3, 1, 3)
+    teams.parallel(kernel, 3, 1, 3)
     assert len(seen) == 3
 
 
@@ -71,10 +72,10 @@ def test_a_second_caller_does_not_wait_for_the_first():
         inside.set()
         assert go_on.wait(timeout=30)
 
-    first = threading.Thread(target=threads.parallel, args=(slow, 2, 1, 2))
+    first = threading.Thread(target=teams.parallel, args=(slow, 2, 1, 2))
     first.start()
     assert inside.wait(timeout=30)
-    threads.parallel(lambda thread, first, last: seen.append((first, threading.get_ident())), 4, 1, 2)
+    teams.parallel(lambda thread, first, last: seen.append((first, threading.get_ident())), 4, 1, 2)
     go_on.set()
     first.join(timeout=30)
     assert sorted(seen) == [(k, threading.get_ident()) for k in range(4)]
@@ -85,9 +86,9 @@ def test_a_call_inside_a_kernel_is_served():
     seen = []
 
     def kernel(thread, first, last):
-        threads.parallel(lambda t, a, b: seen.append((first, a)), 2, 1, 2)
+        teams.parallel(lambda t, a, b: seen.append((first, a)), 2, 1, 2)
 
-    threads.parallel(kernel, 2, 1, 2)
+    teams.parallel(kernel, 2, 1, 2)
     assert sorted(seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -95,7 +96,7 @@ def test_dead_workers_cost_nothing_but_speed(monkeypatch):
     monkeypatch.setattr(threads, "_pool", threads._Pool())
     monkeypatch.setattr(threads, "_serve", lambda queue: None)  # a worker that ends at once
     seen = []
-    threads.parallel(lambda t, a, b: seen.extend(range(a, b)), 100, 7, 3)
+    teams.parallel(lambda t, a, b: seen.extend(range(a, b)), 100, 7, 3)
     assert seen == list(range(100))
 
 
@@ -107,7 +108,7 @@ def test_no_more_threads(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     seen = []
-    threads.parallel(lambda t, a, b: seen.extend(range(a, b)), 100, 7, 3)
+    teams.parallel(lambda t, a, b: seen.extend(range(a, b)), 100, 7, 3)
     assert seen == list(range(100))
 
 
@@ -116,14 +117,14 @@ def test_an_error_in_a_worker_reaches_the_caller_after_all_have_stopped():
     both = threading.Barrier(2)
 
     def kernel(thread, first, last):
-        if first in (0, 50):
+        if first < 2:
             both.wait(timeout=30)
         running.append(first)
-        if first == 50:
+        if thread == 1:
             raise MemoryError("in a worker")
 
     with pytest.raises(MemoryError, match="in a worker"):
-        threads.parallel(kernel, 100, 1, 2)
+        teams.parallel(kernel, 100, 1, 2)
     count = len(running)
     threading.Event().wait(0.02)
     assert len(running) == count, "a kernel ran after the call had raised"
@@ -179,12 +180,13 @@ def test_the_number_set_is_the_number_used(monkeypatch):
     used = []
     original = threads._Call.__init__
 
-    def spy(self, kernel, tasks, piece, number):
+    def spy(self, work, board, pieces, number):
         used.append(number)
-        original(self, kernel, tasks, piece, number)
+        original(self, work, board, pieces, number)
 
     monkeypatch.setattr(threads._Call, "__init__", spy)
-    x = inputs.normal((32, 16, 32, 32))  # 2**19 values
+    x = inputs.normal((48, 16, 32, 32))
+    assert x.size >= dispatch.PARALLEL_FROM
     for n in (1, 2, 3):
         fastbn.set_num_threads(n)
         used.clear()

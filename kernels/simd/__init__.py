@@ -19,6 +19,7 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``sum_lanes(v)``                 sum in a fixed tree: the same bits everywhere
 ``centre(p, v, mean, low)``      v - mean, and for p in float64 also - low: the mean as two words
 ``apart(p, v, mean, low)``       the same of float64, v of narrower values; ``joined`` makes the constant term fit
+``two_words(tensor)``            whether these need the second word, so that p is float64
 ``keep(v, n)``                   lanes 0..n-1 of v, the others 0
 ``bits_above_zero(v)``           int64, bit k set unless v[k] <= 0 (set for NaN)
 ``only(v, bits)``                v where the bit is set, 0 elsewhere
@@ -47,6 +48,7 @@ from fastbn.kernels.simd.arithmetic import (
     rounded,
     splat,
     sum_lanes,
+    two_words,
 )
 from fastbn.kernels.simd.elements import (
     bits_above_zero,
@@ -121,5 +123,6 @@ __all__ = [
     "store_some",
     "stream",
     "sum_lanes",
+    "two_words",
     "vectors",
 ]

@@ -75,6 +75,16 @@ def centre(typingctx, p, v, mean, low):
 
 
 @intrinsic
+def two_words(typingctx, tensor):
+    """Whether `centre` and `apart` need a mean in two words for a tensor's values: a constant, so that what it guards vanishes."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(ir.IntType(1), sig.args[0][0].dtype == types.float64)
+
+    return types.boolean(tensor), codegen
+
+
+@intrinsic
 def apart(typingctx, p, v, mean, low):
     """v - mean of values loaded from float64, v of anything narrower: there `joined` has the mean in a constant term."""
 

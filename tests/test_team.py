@@ -1,0 +1,100 @@
+"""How a call is cut into pieces, and how threads take them from a board: every task once, nobody waits for ever."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import subprocesses
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbn import dispatch
+from fastbn.kernels import team, variants
+from fastbn.kernels.rows import DONE, FOUND, NEXT
+
+
+def count(thread, first, last, partial):
+    """A kernel of which each task leaves its thread, and how often it was computed."""
+    for task in range(first, last):
+        partial[task, 0, 0] += 1.0
+        partial[task, 0, 1] = thread
+    return last - first
+
+
+@pytest.fixture(scope="module")
+def work():
+    return variants.compiled(count, "float64")
+
+
+def call(work, board, cuts, turns, thread, partial):
+    return work(np.zeros(1, np.int64), board, cuts, turns, thread, (partial,))
+
+
+def test_alone(work):
+    partial = np.zeros((10, 1, 4))
+    assert call(work, np.empty(0, np.int64), np.array([0, 4, 10]), 2, 0, partial) == 10
+    assert (partial[:, 0, 0] == 1).all()
+
+
+def test_turns(work):
+    """A call takes so many pieces at most; the next goes on behind them, and one behind the last takes none."""
+    partial, board, cuts = np.zeros((10, 1, 4)), np.zeros(3, np.int64), np.array([0, 3, 6, 9, 10])
+    assert call(work, board, cuts, 2, 0, partial) == 6
+    assert board.tolist() == [2, 2, 6]
+    assert call(work, board, cuts, 5, 1, partial) == 4
+    assert call(work, board, cuts, 5, 1, partial) == 0
+    assert board[DONE] == 4
+    assert board[FOUND] == 10
+    assert partial[:, 0, 1].tolist() == [0.0] * 6 + [1.0] * 4
+
+
+def test_every_task_once(work):
+    """Eight threads at one board, 200 times."""
+    cuts, start = np.arange(0, 1001, 2), threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(200):
+            partial, board = np.zeros((1000, 1, 4)), np.zeros(3, np.int64)
+
+            def member(thread, board=board, partial=partial):
+                start.wait(timeout=30)
+                return call(work, board, cuts, len(cuts), thread, partial)
+
+            assert sum(pool.map(member, range(8))) == 1000
+            assert (partial[:, 0, 0] == 1).all()
+            assert (board[DONE], board[FOUND]) == (500, 1000)
+            assert board[NEXT] >= 500
+
+
+def test_waiting_ends(work):
+    """A caller does not wait for ever for a piece that somebody took and did not compute; nor does a worker for the bell."""
+    board = np.array([1, 0, 0])
+    for thread in (0, 1):
+        assert call(work, board, np.array([0, 1]), 1, thread, np.zeros((1, 1, 4))) == 0
+
+
+def test_names_of_machine_code_differ():
+    """Two kernels of the same signature, loaded into one process, must not be taken for each other."""
+    a, b = team.team(count), team.team(call)
+    assert a.__qualname__ != b.__qualname__
+
+
+@given(st.integers(1, 3000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 20))
+def test_cuts(tasks, unit, threads, least):
+    cuts = dispatch.cut(tasks, unit, threads, least)
+    sizes = np.diff(cuts)
+    assert (cuts[0], cuts[-1]) == (0, tasks)
+    assert (sizes > 0).all()
+    assert (cuts[:-1] % unit == 0).all()
+    units = -(-tasks // unit)
+    assert len(sizes) >= min(least, units) / 2  # a piece is rounded up to whole units
+    assert sizes.max() <= -(-units // least) * unit
+    if threads == 1:
+        assert len(sizes) <= least
+    else:
+        assert len(sizes) <= least + threads * (dispatch.SHARES + 8)
+
+
+def test_the_work_of_other_tests_is_for_several_threads():
+    for name, (shape, _) in subprocesses.WORK.items():
+        assert (np.prod(shape) >= dispatch.PARALLEL_FROM) == (name != "small")
