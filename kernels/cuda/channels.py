@@ -15,11 +15,15 @@ from fastbn.kernels.rows import BETA, COEF_A, COEF_B, COEF_C, GAMMA, INVSTD, LOW
 
 # Rows of the forward's coefficients: y = ((x - HI) - LO) * SCALE_T + SHIFT; the mean is the two words HI + LO.
 HI, LO, INV, SCALE_T, SHIFT = range(5)
+COEF_ROWS = 5
 # Rows of the backward's coefficients: dx = DA * dy + DB * xhat + DC with xhat = ((x - HI) - LO) * INV. It is xhat and not
 # x - mean, since b of formulas.backward_coefficients leaves float32's range where x is of the size of 1e25.
 DA, DB, DC = range(3)
+GRAD_ROWS = 3
 # Fields of a block's partial moments: count, shift, mean - shift, M2.
 FIELDS = 4
+# Fields of a block's partial sums of the backward: dy and dy * xhat.
+SUM_FIELDS = 2
 
 exact_sum = device(formulas.exact_sum)
 backward_coefficients = device(formulas.backward_coefficients)
@@ -28,12 +32,18 @@ running_average = device(formulas.running_average)
 
 @device
 def update_running(running_mean, running_var, c, mean, var, momentum):
-    """Move the running statistics towards the batch's, unless that would make them not finite in their own type."""
+    """Move the running statistics towards the batch's, unless those are not finite in the running statistics' own type.
+
+    The batch's are stored first: reading them back is what rounds them to that type, float32 or float64.
+    """
     if running_mean.size > 0:
         old_mean, old_var = running_mean[c], running_var[c]
-        running_mean[c] = running_average(float64(old_mean), mean, momentum)
-        running_var[c] = running_average(float64(old_var), var, momentum)
-        if not (math.isfinite(running_mean[c]) and math.isfinite(running_var[c])):
+        running_mean[c] = mean
+        running_var[c] = var
+        if math.isfinite(running_mean[c]) and math.isfinite(running_var[c]):
+            running_mean[c] = running_average(float64(old_mean), mean, momentum)
+            running_var[c] = running_average(float64(old_var), var, momentum)
+        else:
             running_mean[c] = old_mean
             running_var[c] = old_var
 
