@@ -3,8 +3,7 @@
 Nothing here synchronises, and nothing is allocated but contexts (O(C), and the activation's bits) and a workspace for each stream
 that grows to what the largest call needed. Importing this module imports neither CuPy nor Numba.
 
-What has been checked: results on Numba's CUDA simulator with NumPy arrays; kernels compiled to PTX and machine code for compute
-capability 8.0 and 9.0. What has not: nothing here has run on a GPU yet.
+What has been checked, and what waits for a GPU, is in docs/gpu.md: nothing here has run on one yet.
 """
 
 from __future__ import annotations
@@ -156,8 +155,20 @@ def forward(
     storage = steps.storage_of(dtype)
     x, y, residual = flat(x, storage), flat(y, storage), _flat(residual, storage)
     setting = _setting(x, shape, dtype, y, residual)
-    job = setting.constants | {"x": x, "y": y, "residual_x": residual, "momentum": float(momentum), "eps": float(eps)}
-    job |= {"gamma": _flat(gamma), "beta": _flat(beta), "running_mean": _flat(running_mean), "running_var": _flat(running_var)}
+    count = setting.shape[0] * setting.shape[2]
+    job = {
+        **setting.constants,
+        "x": x,
+        "y": y,
+        "residual_x": residual,
+        "gamma": _flat(gamma),
+        "beta": _flat(beta),
+        "running_mean": _flat(running_mean),
+        "running_var": _flat(running_var),
+        "momentum": float(momentum),
+        "eps": float(eps),
+        "correction": count / (count - 1.0) if unbiased and count > 1 else 1.0,
+    }
     parameters = parameter_types(job["gamma"], job["beta"])
     running = parameter_types(job["running_mean"], job["running_var"])
     if not training and (running_mean is None or running_var is None):
@@ -167,8 +178,6 @@ def forward(
     table, job["table"], job["coefs"] = tables(rows.ANCHOR, setting.shape[1], known.channels.COEF_ROWS, setting.compute)
     job["mask"] = flat(known.arrays.empty(setting.plan.words, np.uint32)) if relu else None
     todo = steps.forward(setting, parameters, running, training, weighing is not None, relu, residual is not None)
-    count = setting.shape[0] * setting.shape[2]
-    job["correction"] = count / (count - 1.0) if unbiased and count > 1 else 1.0
     if training and len(todo) > 1:
         job |= _shared(setting, known.channels.FIELDS, where)
     job |= _UNWEIGHTED if weighing is None else weighing.arguments()

@@ -22,12 +22,16 @@ _flat_kernels = {}
 
 
 class DeviceArray:
-    """A contiguous 1-D view of device memory: what both launchers need to know of an array, and a reference that keeps it alive."""
+    """A contiguous 1-D view of device memory: what both launchers need to know of an array, and a reference that keeps it alive.
 
-    __slots__ = ("base", "itemsize", "pointer", "size", "typestr")
+    `words` are Numba's seven of a 1-D array: meminfo, parent, nitems, itemsize, data, shape, strides.
+    """
+
+    __slots__ = ("base", "itemsize", "pointer", "size", "typestr", "words")
 
     def __init__(self, pointer, size, itemsize, typestr, base=None):
         self.pointer, self.size, self.itemsize, self.typestr, self.base = pointer, size, itemsize, typestr, base
+        self.words = 0, 0, size, itemsize, pointer, size, itemsize
 
     @property
     def __cuda_array_interface__(self):
@@ -44,8 +48,7 @@ def flat(arguments):
     words = []
     for argument in arguments:
         if type(argument) is DeviceArray:
-            size, itemsize = argument.size, argument.itemsize
-            words += (0, 0, size, itemsize, argument.pointer, size, itemsize)  # meminfo, parent, nitems, itemsize, data, shape, strides
+            words += argument.words
         else:
             words.append(argument)
     return words

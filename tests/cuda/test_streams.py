@@ -4,9 +4,12 @@ import threading
 from dataclasses import replace
 
 import cupy_standin
+import numpy as np
 import pytest
+from numba import types
 
-from fastbn.kernels.cuda import host
+import fastbn
+from fastbn.kernels.cuda import host, launch
 
 PER_THREAD = 2  # CUDA's handle of every thread's own default stream
 
@@ -18,7 +21,9 @@ def hardware(cupy, monkeypatch):
     monkeypatch.setattr(host, "kernels", lambda: known)
     monkeypatch.setattr(host, "_threads", threading.local())
     monkeypatch.setattr(cupy_standin, "SET", [])
-    return cupy
+    host.nothing.cache_clear()  # an array of the simulator's, if other tests have run
+    yield cupy
+    host.nothing.cache_clear()
 
 
 def in_thread(function):
@@ -97,3 +102,29 @@ def test_elements_off_their_boundary_reach_no_kernel(hardware):
 def test_gaps_reach_no_kernel(hardware):
     with pytest.raises(ValueError, match="contiguous"):
         host.flat(hardware.zeros((4, 8), "f4")[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 4, 40, 60), (30, 8)], ids=str)
+def test_kernels_get_plain_words_of_their_types(hardware, monkeypatch, shape, dtype):
+    """cuda.core packs NumPy's numbers in their own sizes and knows no others than int and float: a kernel would read something else."""
+    launched = []
+    monkeypatch.setattr(launch, "ready", lambda *rest: None)
+    monkeypatch.setattr(launch, "launch", lambda *given: launched.append(given))
+    x, channels = hardware.ones(shape, dtype), [hardware.ones(shape[1], "f4") for _ in range(4)]
+    options = {"axis": np.int64(1), "eps": np.float32(1e-3)}
+    for extra in ({"momentum": np.float64(0.5)}, {"training": np.False_}, {"activation": "relu", "residual": x}):
+        _, ctx = fastbn.batch_norm_forward(x, *channels, **options, **extra)
+        fastbn.batch_norm_backward(x, ctx)
+    fastbn.batch_norm_forward(x, sample_weight=hardware.ones(shape[0], "?"), momentum=0)
+    fastbn.batch_norm_inference(x, *channels, **options)
+    fastbn.moments(x)
+    assert len(launched) >= 9
+    for variant, blocks, threads, device, stream, arguments in launched:
+        assert [type(n) for n in (blocks, threads, device, stream)] == [int] * 4
+        for argument, wanted in zip(arguments, variant.signature(), strict=True):
+            if isinstance(wanted, types.Array):
+                assert type(argument) is launch.DeviceArray
+                assert argument.size == 0 or argument.itemsize == wanted.dtype.bitwidth // 8
+            else:
+                assert type(argument) is {types.int64: int, types.float64: float}[wanted]
