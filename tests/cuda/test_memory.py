@@ -17,14 +17,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SHAPE = (3, 4, 5, 6)
 
 
-def off(a, by=1):
-    """a's values `by` bytes off a 16-byte boundary, with gaps between the last axis' values."""
+def off(a, gaps=1):
+    """a's values one byte off a 16-byte boundary; of the last axis only every `gaps`-th place is used."""
     a = np.asarray(a)
-    raw = np.zeros(2 * a.nbytes + 32, np.uint8)
-    start = -raw.ctypes.data % 16 + by
-    view = np.ndarray((*a.shape[:-1], 2 * a.shape[-1]), a.dtype, raw, start)[..., ::2]
+    raw = np.zeros(gaps * a.nbytes + 32, np.uint8)
+    view = np.ndarray((*a.shape[:-1], gaps * a.shape[-1]), a.dtype, raw, -raw.ctypes.data % 16 + 1)[..., ::gaps]
     view[...] = a
     return view
+
+
+def swapped(a):
+    """a's values in the other byte order."""
+    a = np.asarray(a)
+    return a.astype(a.dtype.newbyteorder(">"))
+
+
+CHANGES = {"off": off, "off with gaps": lambda a: off(a, 2), "swapped": swapped}
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def fit(arrays):
     return all(a.ctypes.data % a.itemsize == 0 and a.dtype.isnative and a.flags.c_contiguous for a in arrays)
 
 
-@pytest.mark.parametrize("change", [off, lambda a: np.asarray(a).astype(np.asarray(a).dtype.newbyteorder(">"))], ids=["off", "swapped"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_everything_off_its_boundary_or_in_the_other_byte_order(seen, change):
     rng = np.random.default_rng(0)
     x, dy, residual = (inputs.normal(SHAPE, seed=k) for k in (1, 2, 3))
