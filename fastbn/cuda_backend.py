@@ -3,56 +3,60 @@
 Nothing here synchronises, and nothing is allocated but contexts (O(C), and the activation's bits) and a workspace for each stream
 that grows to what the largest call needed. Importing this module imports neither CuPy nor Numba.
 
-What has been checked: results on Numba's CUDA simulator with NumPy arrays; kernels compiled to PTX and machine code for compute
-capability 8.0 and 9.0. What has not: nothing here has run on a GPU yet.
+What has been checked, and what waits for a GPU, is in docs/gpu.md: nothing here has run on one yet.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastbn.kernels import rows
+from fastbn.kernels.cuda import steps
 from fastbn.kernels.cuda.host import (
-    Call,
     Weights,
     aligned,
     check_shape,
     dtype_of,
     flat,
-    geometry,
-    interface,
     kernels,
-    nothing,
     parameter_types,
+    size_and_type,
+    stream,
+    tables,
+    weights,
     workspace,
 )
 
-Array = Any  # cupy.ndarray or whatever else has __cuda_array_interface__; numpy.ndarray in the simulator
+Array = Any  # cupy.ndarray, whatever else has __cuda_array_interface__, or what host.flat made of it; numpy.ndarray in the simulator
+_UNWEIGHTED = {"weight": None, "counts": None, "weight_n": 0, "weight_s": 0}
 
 
 @dataclass
 class State:
     """What a forward leaves for the backward; the GPU part of a context.
 
-    `table` is float64, (7, C), with the rows of kernels/rows.py but ANCHOR. `coefs` is what kernels read of it, in the type of
-    arithmetic (kernels/cuda/channels.py), `mask` the activation's bits in the order of `plan`.
+    `table` is float64 with the rows of kernels/rows.py but ANCHOR, behind which `coefs` lies: what kernels read of it, in the type of
+    arithmetic. `mask` is the activation's bits in the order of `setting.plan`.
     """
 
-    x: Array
-    dtype: str
-    shape: tuple[int, int, int]
-    plan: Any
+    x: Any
+    setting: steps.Setting
     table: Array
-    coefs: Array
-    mask: Array
+    table_flat: Any
+    coefs: Any
+    mask: Any
     relu: bool
     residual: bool
     frozen: bool
-    weights: Weights
+    weights: Weights | None
+
+    @property
+    def plan(self) -> Any:
+        """How the forward's kernels have cut the work."""
+        return self.setting.plan
 
     @property
     def mean(self) -> Array:
@@ -72,16 +76,25 @@ class State:
     @property
     def count(self) -> Any:
         """Values per channel, or the sum of their weights: a float64 array of no dimensions, on the GPU."""
-        return self.weights.counts[0] if self.weights.given else float(self.shape[0] * self.shape[2])
+        N, _, S = self.setting.shape
+        return float(N * S) if self.weights is None else self.weights.counts[0]
 
 
-def _begin(
-    x: Array, shape: tuple[int, int, int], dtype: str | None, *others: Array | None
-) -> tuple[str, Any, tuple[int, int, int], Call]:
-    shape = check_shape(x, shape)
-    dtype = dtype or dtype_of(x)
-    plan = kernels().plan.plan(*shape, dtype, aligned(x, *others))
-    return dtype, plan, shape, Call(dtype, plan, shape)
+def _setting(x: Any, shape: tuple[int, int, int], dtype: str, *others: Any) -> steps.Setting:
+    """How x, with others like it, is worked on."""
+    return steps.setting(dtype, check_shape(x, shape), aligned(x, *others), kernels().plan.DEFAULT)
+
+
+def _flat(a: Array | None, storage: str | None = None) -> Any:
+    """An array as kernels take it, or None for an absent one."""
+    return None if a is None else flat(a, storage)
+
+
+def _shared(setting: steps.Setting, fields: int, where: Any) -> dict[str, Any]:
+    """The stream's workspace as kernel arguments, with `fields` float64 for each block of a channel."""
+    plan = setting.plan
+    space = workspace(fields * setting.shape[1] * plan.splits, plan.groups, where.key)
+    return {"partials": space.partials, "counters": space.counters}
 
 
 def forward(
@@ -138,61 +151,39 @@ def forward(
     ValueError
         Where shape does not fit x.
     """
-    dtype, plan, shape, call = _begin(x, shape, dtype, y, residual)
-    N, C, S = shape
-    parameters, running = parameter_types(gamma, beta), parameter_types(running_mean, running_var)
-    arrays = kernels().arrays
-    table = arrays.empty((rows.ANCHOR, C), np.float64)
-    coefs = arrays.empty((5, C), call.compute)
-    mask = arrays.empty(plan.words if relu else 0, np.uint32)
-    weights = call.weights(sample_weight if training else None, unbiased)
-    state = State(x, dtype, shape, plan, table, coefs, mask, relu, residual is not None, not training, weights)
+    dtype = dtype or dtype_of(x)
+    storage = steps.storage_of(dtype)
+    x, y, residual = flat(x, storage), flat(y, storage), _flat(residual, storage)
+    setting = _setting(x, shape, dtype, y, residual)
+    count = setting.shape[0] * setting.shape[2]
+    job = {
+        **setting.constants,
+        "x": x,
+        "y": y,
+        "residual_x": residual,
+        "gamma": _flat(gamma),
+        "beta": _flat(beta),
+        "running_mean": _flat(running_mean),
+        "running_var": _flat(running_var),
+        "momentum": float(momentum),
+        "eps": float(eps),
+        "correction": count / (count - 1.0) if unbiased and count > 1 else 1.0,
+    }
+    parameters = parameter_types(job["gamma"], job["beta"])
+    running = parameter_types(job["running_mean"], job["running_var"])
     if not training and (running_mean is None or running_var is None):
         raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
-    count = N * S
-    correction = count / (count - 1.0) if unbiased and count > 1 else 1.0
-    moments = (
-        *(flat(table), flat(coefs)),
-        *(call.optional(gamma, parameters), call.optional(beta, parameters)),
-        *(call.optional(running_mean, running), call.optional(running_var, running)),
-    )
-    scalars = float(momentum), float(eps), correction
-    sizes = geometry(plan, shape)
-    tensors = call.tensor(x), call.tensor(y), call.tensor(residual), flat(mask)
-    flags = {"relu": relu, "residual": residual is not None}
-    if training and plan.held_forward and not weights.given:
-        arguments = (*tensors, *sizes, *moments, *scalars)
-        call.run("forward_planes", C, arguments, parameters, running, held=plan.held_forward, **flags)
-        call.go()
-        return state
-    if training:
-        space = workspace(4 * C * plan.splits, plan.groups, (call.device, call.stream))
-        work = flat(space.partials), flat(space.counters)
-        weighing = *weights.of(plan), flat(weights.counts)
-        arguments = (tensors[0], *weighing, *sizes, plan.splits, plan.chunk, *work, *moments, *scalars)
-        call.run(f"stats_{plan.family}", plan.blocks, arguments, parameters, running, weighted=weights.given)
-    else:
-        _given(call, moments, C, parameters, running, eps)
-    none = call.optional(None, "float32")
-    channels = flat(coefs), none, none, none, none, 0.0
-    _normalise(call, tensors, sizes, channels, ("float32", "float32"), given=False, **flags)
-    call.go()
-    return state
-
-
-def _given(call: Call, moments: tuple[Any, ...], C: int, parameters: str, running: str, eps: float) -> None:
-    """Table and coefficients from given statistics."""
-    table, coefs, *rest = moments
-    call.run("finish_given", -(-C // call.plan.threads), (table, coefs, C, *rest, float(eps)), parameters, running)
-
-
-def _normalise(
-    call: Call, tensors: tuple[Any, ...], sizes: tuple[int, ...], channels: tuple[Any, ...], types: tuple[str, str], **flags: bool
-) -> None:
-    """y, from coefs or, if `given`, from statistics; channels are coefs, gamma, beta, mean, var, eps."""
-    plan = call.plan
-    shares = (plan.splits, plan.chunk) if plan.family == "planes" else (plan.chunk,)
-    call.run(f"normalise_{plan.family}", plan.blocks, (*tensors, *sizes, *shares, *channels), *types, **flags)
+    where, known = stream(), kernels()
+    weighing = weights(sample_weight, setting.shape, setting.compute, unbiased) if training and sample_weight is not None else None
+    table, job["table"], job["coefs"] = tables(rows.ANCHOR, setting.shape[1], known.channels.COEF_ROWS, setting.compute)
+    job["mask"] = flat(known.arrays.empty(setting.plan.words, np.uint32)) if relu else None
+    todo = steps.forward(setting, parameters, running, training, weighing is not None, relu, residual is not None)
+    if training and len(todo) > 1:
+        job |= _shared(setting, known.channels.FIELDS, where)
+    job |= _UNWEIGHTED if weighing is None else weighing.arguments()
+    steps.run(todo, job, where)
+    state = job["table"], job["coefs"], job["mask"]
+    return State(x, setting, table, *state, relu, residual is not None, not training, weighing)
 
 
 def inference(
@@ -210,17 +201,15 @@ def inference(
     dtype: str | None = None,
 ) -> None:
     """Normalise x into y with given statistics; y may be x. Parameters as in `forward`."""
-    dtype, plan, shape, call = _begin(x, shape, dtype, y, residual)
-    parameters, running = parameter_types(gamma, beta), parameter_types(mean, var)
-    channels = (
-        nothing(call.device, call.compute),
-        *(call.optional(gamma, parameters), call.optional(beta, parameters), flat(mean), flat(var), float(eps)),
-    )
-    no_bits = nothing(call.device, "uint32")
-    tensors = call.tensor(x), call.tensor(y), call.tensor(residual), no_bits
-    flags = {"relu": relu, "residual": residual is not None, "given": True}
-    _normalise(call, tensors, geometry(plan, shape), channels, (parameters, running), **flags)
-    call.go()
+    dtype = dtype or dtype_of(x)
+    storage = steps.storage_of(dtype)
+    x, y, residual = flat(x, storage), flat(y, storage), _flat(residual, storage)
+    setting = _setting(x, shape, dtype, y, residual)
+    job = setting.constants | {"x": x, "y": y, "residual_x": residual, "eps": float(eps)}
+    job |= {"gamma": _flat(gamma), "beta": _flat(beta), "running_mean": flat(mean), "running_var": flat(var)}
+    parameters = parameter_types(job["gamma"], job["beta"])
+    running = parameter_types(job["running_mean"], job["running_var"])
+    steps.run(steps.inference(setting, parameters, running, relu, residual is not None), job, stream())
 
 
 def backward(
@@ -247,8 +236,8 @@ def backward(
 
     Returns
     -------
-    sums : float64, (2, C)
-        The sums over each channel of dy and of dy * (x - mean), dy where the activation passed.
+    sums : float64, (rows, C)
+        Its first two rows are the sums over each channel of dy and of dy * (x - mean), dy where the activation passed.
 
     Raises
     ------
@@ -257,59 +246,36 @@ def backward(
     """
     if (dresidual is not None) != state.residual:
         raise ValueError("dresidual is needed where the forward had a residual, and only there")
-    x, shape, dtype = state.x, state.shape, state.dtype
+    setting = state.setting
+    dy, dx, dresidual = (_flat(a, setting.storage) for a in (dy, dx, dresidual))
     for name, array in (("dy", dy), ("dx", dx), ("dresidual", dresidual)):
-        if array is not None and _size_and_type(array) != _size_and_type(x):
-            raise ValueError(f"{name} has (elements, type) {_size_and_type(array)}, x of the forward {_size_and_type(x)}")
-    arrays, plan = kernels().arrays, state.plan
-    if plan.lanes > 1 and not aligned(dy, dx, dresidual):
+        if array is not None and size_and_type(array) != size_and_type(state.x):
+            raise ValueError(f"{name} has (elements, type) {size_and_type(array)}, x of the forward {size_and_type(state.x)}")
+    if setting.plan.lanes > 1 and not aligned(dy, dx, dresidual):
         if state.relu:
-            return _backward_of_copies(dy, dx, state, dgamma, dbeta, dresidual)
-        plan = kernels().plan.plan(*shape, dtype, False)
-    call = Call(dtype, plan, shape)
-    parameters = parameter_types(dgamma, dbeta)
-    C = shape[1]
-    grads, grad_coefs = arrays.empty((rows.BACKWARD_ROWS, C), np.float64), arrays.empty((3, C), call.compute)
-    sizes = geometry(plan, shape)
-    inputs = call.tensor(x), call.tensor(dy)
-    outputs = call.tensor(dx), call.tensor(dresidual), flat(state.mask)
-    tables = flat(state.table), flat(grads), flat(state.coefs), flat(grad_coefs)
-    gradients = call.optional(dgamma, parameters), call.optional(dbeta, parameters)
-    weights = state.weights
-    if plan.held_backward and not state.frozen and not weights.given:
-        arguments = (*inputs, *outputs, *sizes, *tables, *gradients)
-        call.run(
-            "backward_planes", C, arguments, parameters, held=plan.held_backward, relu=state.relu, residual=state.residual
-        )
-        call.go()
-        return grads[:2]
-    space = workspace(2 * C * plan.splits, plan.groups, (call.device, call.stream))
-    work = plan.splits, plan.chunk, flat(space.partials), flat(space.counters)
-    arguments = (*inputs, flat(weights.counts), outputs[2], *sizes, *work, *tables, *gradients, int(state.frozen))
-    call.run(f"reduce_{plan.family}", plan.blocks, arguments, parameters, relu=state.relu, weighted=weights.given)
-    shares = (plan.splits, plan.chunk) if plan.family == "planes" else (plan.chunk,)
-    arguments = (*inputs, *outputs[:2], *weights.of(plan), outputs[2], *sizes, *shares, *tables[2:])
-    flags = {"relu": state.relu, "residual": state.residual, "frozen": state.frozen, "weighted": weights.given}
-    call.run(f"apply_{plan.family}", plan.blocks, arguments, **flags)
-    call.go()
-    return grads[:2]
+            return _backward_of_copies(dy, dx, dresidual, state, dgamma, dbeta)
+        setting = steps.setting(setting.dtype, setting.shape, False, setting.sizes)
+    where, known = stream(), kernels()
+    job = setting.constants | {"x": state.x, "dy": dy, "dx": dx, "dresidual": dresidual, "mask": state.mask}
+    job |= {"dgamma": _flat(dgamma), "dbeta": _flat(dbeta), "table": state.table_flat, "coefs": state.coefs, "frozen": int(state.frozen)}
+    parameters = parameter_types(job["dgamma"], job["dbeta"])
+    grads, job["grads"], job["grad_coefs"] = tables(rows.BACKWARD_ROWS, setting.shape[1], known.channels.GRAD_ROWS, setting.compute)
+    todo = steps.backward(setting, parameters, state.frozen, state.weights is not None, state.relu, state.residual)
+    if len(todo) > 1:
+        job |= _shared(setting, known.channels.SUM_FIELDS, where)
+    job |= _UNWEIGHTED if state.weights is None else state.weights.arguments()
+    steps.run(todo, job, where)
+    return grads
 
 
-def _size_and_type(x: Array) -> tuple[int, str]:
-    found = interface(x)
-    return math.prod(found["shape"]), str(found["typestr"])
-
-
-def _backward_of_copies(
-    dy: Array, dx: Array, state: State, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None
-) -> Array:
-    """The backward by way of aligned copies.
+def _backward_of_copies(dy: Any, dx: Any, dresidual: Any, state: State, dgamma: Array | None, dbeta: Array | None) -> Array:
+    """The backward by way of aligned copies of arrays that `flat` gave.
 
     For where dy, dx or dresidual start off a 16-byte boundary, but the activation's bits are in the order of whole vectors.
     """
     arrays = kernels().arrays
-    copy, result = arrays.array(dy), arrays.empty_like(dx)
-    extra = None if dresidual is None else arrays.empty_like(dresidual)
+    copy = arrays.array(dy)
+    result, extra = arrays.empty_like(copy), None if dresidual is None else arrays.empty_like(copy)
     sums = backward(copy, result, state, dgamma=dgamma, dbeta=dbeta, dresidual=extra)
     arrays.asarray(dx)[...] = result
     if dresidual is not None:
@@ -324,19 +290,14 @@ def moments(
 
     With weights, count is their sum, a float64 array of no dimensions on the GPU.
     """
-    dtype, plan, shape, call = _begin(x, shape, dtype)
-    C = shape[1]
-    arrays = kernels().arrays
-    table, coefs = arrays.empty((rows.ANCHOR, C), np.float64), arrays.empty((5, C), call.compute)
-    space = workspace(4 * C * plan.splits, plan.groups, (call.device, call.stream))
-    none = call.optional(None, "float32")
-    weights = call.weights(sample_weight, False)
-    arguments = (
-        *(call.tensor(x), *weights.of(plan), flat(weights.counts), *geometry(plan, shape), plan.splits, plan.chunk),
-        *(flat(space.partials), flat(space.counters)),
-        *(flat(table), flat(coefs), none, none, none, none, 0.0, 1.0, 1.0),
-    )
-    call.run(f"stats_{plan.family}", plan.blocks, arguments, weighted=weights.given)
-    call.go()
-    count = weights.counts[0] if weights.given else float(shape[0] * shape[2])
+    dtype = dtype or dtype_of(x)
+    x = flat(x, steps.storage_of(dtype))
+    setting, where, known = _setting(x, shape, dtype), stream(), kernels()
+    weighing = None if sample_weight is None else weights(sample_weight, setting.shape, setting.compute, False)
+    table, table_flat, coefs = tables(rows.ANCHOR, setting.shape[1], known.channels.COEF_ROWS, setting.compute)
+    job = setting.constants | {"x": x, "table": table_flat, "coefs": coefs, "momentum": 0.0, "eps": 1.0, "correction": 1.0}
+    job |= _shared(setting, known.channels.FIELDS, where)
+    job |= _UNWEIGHTED if weighing is None else weighing.arguments()
+    steps.run(steps.moments(setting, weighing is not None), job, where)
+    count = float(setting.shape[0] * setting.shape[2]) if weighing is None else weighing.counts[0]
     return count, table[rows.MEAN].copy(), table[rows.VAR] * count, table[rows.LOW].copy()

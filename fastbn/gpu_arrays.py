@@ -1,7 +1,8 @@
-"""The arrays of one GPU call: of one kind, on one device, of fitting shapes and dtypes; and how the kernels read them.
+"""The arrays of one GPU call: of one kind, on one device, of fitting shapes and dtypes, apart in memory.
 
 Shapes and dtypes are checked by the functions of checks.py, so that the errors are the CPU's. Those see NumPy arrays of the same shape
-and dtype that hold nothing: GPU memory is never read here.
+and dtype that hold nothing: GPU memory is never read here. An array is looked at once, by CuPy's own attributes: its interface would ask
+the driver for the current stream each time.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import contextlib
 import importlib
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 
-from fastbn import checks, layout
+from fastbn import checks
+from fastbn.gpu_layout import Seen, face
 from fastbn.kernels.cuda import host
 
 Array = Any
@@ -26,12 +28,16 @@ _EXCHANGES = {
     "torch": ("from_dlpack", "torch", "from_dlpack"),
     "numba": ("asarray", "numba.cuda", "as_cuda_array"),
 }
-_NOTHING = bytes(32)  # memory for one value of any dtype
+# What is seen of a call's arrays, (name, *Seen) each: a key for what is worked out once for calls that are alike.
+Facts = tuple[tuple[Any, ...], ...]
 _CONVERT = "cupy.asarray({0}), or cupy.from_dlpack({0})"
 
 
 def is_gpu_array(a: object) -> bool:
     """Whether an array is on a GPU, by the interface that it offers. To be asked where ``type(a) is np.ndarray`` does not hold."""
+    kind: Any = type(a)
+    if _is_cupy(kind):
+        return True
     try:
         return hasattr(a, "__cuda_array_interface__")
     except RuntimeError:  # a PyTorch tensor on a GPU that requires a gradient; what to do is said where it is converted
@@ -56,18 +62,94 @@ def _family(a: object) -> str:
 
 
 @lru_cache(maxsize=64)
+def _is_cupy(kind: type[Any]) -> bool:
+    """Whether a type is CuPy's array, not one derived from it: those may have no memory of their own."""
+    return kind.__module__ == "cupy" and kind.__qualname__ == "ndarray"
+
+
+@lru_cache(maxsize=64)
 def _family_of(kind: type[Any]) -> str:
     roots = [base.__module__.partition(".")[0].removesuffix("_cuda") for base in kind.__mro__]
     return next((root for root in roots if root == "cupy" or root in _EXCHANGES), roots[0])
 
 
-def _face(a: Array) -> Array:
-    """A NumPy array of a's shape and dtype that shares one zero between all elements: for checks of shape and dtype."""
-    return np.ndarray(a.shape, a.dtype, _NOTHING, 0, (0,) * a.ndim)
+class Shapes:
+    """The arrays of a call without their memory: the checks that calls which are alike need once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        From each method, as the function of checks.py that it is named after.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.of = {name: Seen(*rest) for name, *rest in facts}
+        self.x = self.of["x"]
+        self.ndim, self.shape = len(self.x.shape), self.x.shape
+
+    def face(self, name: str) -> np.ndarray[Any, Any] | None:
+        """An array for checks.py, or None for what was not given."""
+        seen = self.of.get(name)
+        return None if seen is None else face(seen.shape, seen.dtype)
+
+    def data(self, axis: int) -> str:
+        """The name of x's dtype; `axis` is checked too."""
+        return checks.x_and_axis(self.face("x"), axis)[1]
+
+    def vectors(self, axis: int, *names: str) -> dict[str, Seen]:
+        """Per-channel arrays that were given, by name."""
+        x = face(self.x.shape, self.x.dtype)
+        for name in names:
+            checks.vector(self.face(name), name, x, axis)
+        return {name: self.of[name] for name in names if name in self.of}
+
+    def running(self, axis: int, written: bool) -> dict[str, Seen]:
+        """Both running statistics or neither."""
+        checks.running(self.face("running_mean"), self.face("running_var"), face(self.x.shape, self.x.dtype), axis, False)
+        found = {name: self.of[name] for name in ("running_mean", "running_var") if name in self.of}
+        for name, seen in found.items():
+            if written and seen.shape[0] > 1 and seen.strides[0] == 0:
+                raise ValueError(f"{name} has stride 0: its elements share one address; pass {name}.copy()")
+        return found
+
+    def like_x(self, name: str) -> None:
+        """An array, if given, of x's shape and dtype."""
+        if name in self.of:
+            checks.like(self.face(name), name, face(self.x.shape, self.x.dtype))
+
+    def weight(self, axis: int) -> None:
+        """Dtype and shape of sample_weight; its values would have to be waited for."""
+        w = self.of.get("sample_weight")
+        if w is None:
+            return
+        full = self.x.shape[:axis] + self.x.shape[axis + 1 :]
+        known = w.dtype.kind in "bfiu" or checks.dtype_name(w.dtype) is not None
+        if not known or w.shape not in (full, full[:1]):
+            checks.weights(face(w.shape, w.dtype), face(self.x.shape, self.x.dtype), axis)  # raises
+
+    def output(self) -> None:
+        """`out`, if given: like x, and with an address for each element."""
+        out = self.of.get("out")
+        if out is None:
+            return
+        self.like_x("out")
+        if 0 not in out.shape and checks._overlaps_itself(cast(Any, _Addresses(out))):
+            raise ValueError(f"out has strides {out.strides}: several elements share one address; pass cupy.empty_like(x)")
+
+    def reach(self) -> dict[str, tuple[int, int]]:
+        """The memory of each array, counted from its address."""
+        return {name: seen.reach for name, seen in self.of.items()}
 
 
 class Arrays:
     """The arrays of a call by name, as CuPy arrays; None for what was not given. The first one is x.
+
+    Attributes
+    ----------
+    facts : tuple
+        What is seen of each, see `Shapes`.
+    device : int
+        Where they are.
 
     Raises
     ------
@@ -79,23 +161,32 @@ class Arrays:
 
     def __init__(self, **named: Array | None) -> None:
         given = {name: a for name, a in named.items() if a is not None}
-        first = next(iter(given))
+        first, x = next(iter(given.items()))
         self.original = given
+        kind: Any = type(x)
+        cupy_alone = _is_cupy(kind)
         for name, a in given.items():
-            _check_kind(name, a, first, given[first])
-        self.xp = _namespace(first, given[first])
+            if not (cupy_alone and type(a) is kind):
+                _check_kind(name, a, first, x)
+        self.xp = _namespace(first, x)
         self._back: Callable[[Array], Array] | None = None
-        if not isinstance(given[first], self.xp.ndarray):
+        if not isinstance(x, self.xp.ndarray):
             given, self._back = _exchange(self.xp, given)
         self.arrays = given
         self.x = given[first]
-        self.device = int(self.x.device.id)
+        self.device = self.x.data.device_id
+        self.start = {}
+        facts = []
         for name, a in given.items():
-            if int(a.device.id) != self.device:
+            memory = a.data
+            if memory.device_id != self.device:
                 raise TypeError(
-                    f"{name} is on device {int(a.device.id)} and {first} on device {self.device}; nothing is moved between them silently: "
+                    f"{name} is on device {memory.device_id} and {first} on device {self.device}; nothing is moved between them silently: "
                     f"copy one, with cupy.cuda.Device({self.device}): {name} = cupy.array({name})"
                 )
+            self.start[name] = start = memory.ptr
+            facts.append((name, a.shape, a.strides, a.dtype, start % 16))
+        self.facts: Facts = tuple(facts)
 
     def __getitem__(self, name: str) -> Array | None:
         """The array of that name, or None."""
@@ -103,81 +194,88 @@ class Arrays:
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """The arrays' device as the current one: its current stream is where the kernels run."""
-        if int(self.xp.cuda.runtime.getDevice()) == self.device:
-            return contextlib.nullcontext()
+        if self.xp.cuda.runtime.getDevice() == self.device:
+            return _ALREADY
         context: contextlib.AbstractContextManager[Any] = self.xp.cuda.Device(self.device)
         return context
 
     def back(self, name: str | None, result: Array | None) -> Array | None:
-        """A result in the kind that came in: `name`'s own object if it was given, else the result exchanged."""
-        if name in self.original:
-            return self.original[name]
-        return result if result is None or self._back is None else self._back(result)
+        """A result in the kind that came in: `name`'s own object if it was given, else the result exchanged.
+
+        The exchange is what makes the other library wait for the kernels, so one's own object is exchanged too, for that alone.
+        """
+        exchanged = result if result is None or self._back is None else self._back(result)
+        return self.original.get(name, exchanged) if name else exchanged
 
     @property
     def exchanged(self) -> bool:
         """Whether results go back as arrays of another library."""
         return self._back is not None
 
-    def data(self, name: str, axis: Any) -> tuple[str, int]:
-        """(name of the dtype, axis from the front) of x; checks both."""
-        _, dtype, axis = checks.x_and_axis(_face(self.arrays[name]), axis)
-        return dtype, axis
+    def axis(self, axis: Any) -> int:
+        """The channel axis as int, if it is none yet; checked."""
+        return axis if type(axis) is int else checks.x_and_axis(face(self.x.shape, self.x.dtype), axis)[2]
 
-    def vector(self, name: str, axis: int) -> Array | None:
-        """A per-channel array, checked."""
-        a = self[name]
-        if a is not None:
-            checks.vector(_face(a), name, _face(self.x), axis)
-        return a
+    def writable(self, *names: str) -> None:
+        """ValueError for arrays that are read-only. CuPy's never are: its flags do not know the word."""
+        for name in names:
+            if name in self.arrays and not getattr(self.arrays[name].flags, "writeable", True):
+                if name == "out":
+                    raise ValueError("out is read-only; pass a writable array: cupy.empty_like(x)")
+                raise ValueError(f"{name} is read-only, but training updates it in place; pass a writable copy: {name}.copy()")
 
-    def running(self, axis: int, written: bool) -> tuple[Array | None, Array | None]:
-        """Both running statistics or neither; checks as `checks.running`."""
-        pair = mean, var = self["running_mean"], self["running_var"]
-        faces = tuple(None if a is None else _face(a) for a in pair)
-        checks.running(faces[0], faces[1], _face(self.x), axis, False)
-        if written and mean is not None:
-            for name in ("running_mean", "running_var"):
-                a = self.arrays[name]
-                if _read_only(a):
-                    raise ValueError(f"{name} is read-only, but training updates it in place; pass a writable copy: {name}.copy()")
-                if a.size > 1 and a.strides[0] == 0:
-                    raise ValueError(f"{name} has stride 0: its elements share one address; pass {name}.copy()")
-            if _overlap(mean, var):
+    def apart(self, reach: dict[str, tuple[int, int]], may_be: str | None, statistics: bool) -> None:
+        """Check that what is written shares no memory: `out`, which may be the array `may_be`, and with `statistics` the running ones.
+
+        Raises
+        ------
+        ValueError
+        """
+        start = self.start
+        spans = {name: (start[name] + low, start[name] + high) for name, (low, high) in reach.items()}
+        if all(a[1] <= b[0] for a, b in pairwise(sorted(spans.values()))):
+            return
+        if statistics and "running_mean" in start:
+            if self._overlap("running_mean", "running_var", spans):
                 raise ValueError("running_mean and running_var share memory, but each is updated in place; pass two arrays")
-        return pair
-
-    def like_x(self, name: str) -> None:
-        """Check that an array, if given, is of x's shape and dtype."""
-        if self[name] is not None:
-            checks.like(_face(self.arrays[name]), name, _face(self.x))
-
-    def weight(self, axis: int) -> None:
-        """Check dtype and shape of sample_weight; its values would have to be waited for."""
-        w = self["sample_weight"]
-        if w is None:
-            return
-        full = self.x.shape[:axis] + self.x.shape[axis + 1 :]
-        known = w.dtype.kind in "bfiu" or checks.dtype_name(w.dtype) is not None
-        if not known or w.shape not in (full, full[:1]):
-            checks.weights(_face(w), _face(self.x), axis)  # raises
-
-    def output(self, may_be: str | None, others: tuple[str, ...]) -> None:
-        """Check `out`, if given, as `checks.output` does; it may be the array named `may_be`, element for element."""
-        out = self["out"]
-        if out is None:
-            return
-        checks.like(_face(out), "out", _face(self.x))
-        if _read_only(out):
-            raise ValueError("out is read-only; pass a writable array: cupy.empty_like(x)")
-        if out.size and checks._overlaps_itself(out):
-            raise ValueError(f"out has strides {out.strides}: several elements share one address; pass cupy.empty_like(x)")
-        for name in others:
-            a = self[name]
-            if a is None or (name == may_be and _same_place(out, a)) or not _overlap(out, a):
+            for ours in ("running_mean", "running_var"):
+                for name in ("x", "gamma", "beta", "residual", "sample_weight"):
+                    if self._overlap(ours, name, spans):
+                        raise ValueError(f"{ours} shares memory with {name}, but training updates it in place; pass {ours}.copy()")
+        for name in start if "out" in start else ():
+            if name == "out" or (name == may_be and self._same_place("out", name)) or not self._overlap("out", name, spans):
                 continue
             allowed = "out may be that array itself, element for element" if name == may_be else "they must not share memory"
             raise ValueError(f"out overlaps {name}; {allowed}: pass cupy.empty_like(x)")
+
+    def _same_place(self, first: str, second: str) -> bool:
+        """Whether two arrays are the same elements in the same order."""
+        a, b = self.arrays[first], self.arrays[second]
+        return bool(self.start[first] == self.start[second] and a.strides == b.strides and a.shape == b.shape)
+
+    def _overlap(self, first: str, second: str, spans: dict[str, tuple[int, int]]) -> bool:
+        """Whether two arrays, if given, share an element."""
+        if first not in spans or second not in spans:
+            return False
+        (low, high), (begin, end) = spans[first], spans[second]
+        if high <= begin or end <= low:
+            return False
+        seen = {name: Seen(*rest) for name, *rest in self.facts}
+        a, b = (np.asarray(_Addresses(seen[name], self.start[name])) for name in (first, second))
+        # NumPy solves this from addresses and strides, without looking at what is there. These arrays never leave this line.
+        return bool(a.size and b.size) and checks.overlap(a, b)
+
+
+class _Addresses:
+    """A range of GPU addresses, to be asked for overlaps only."""
+
+    def __init__(self, seen: Seen, start: int = 0) -> None:
+        self.shape, self.strides, self.itemsize = seen.shape, seen.strides, seen.dtype.itemsize
+        data = {"typestr": f"|V{self.itemsize}", "data": (start, True)}
+        self.__array_interface__ = {"version": 3, "shape": self.shape, "strides": self.strides, **data}
+
+
+_ALREADY = contextlib.nullcontext()
 
 
 def _check_kind(name: str, a: Array, first: str, x: Array) -> None:
@@ -221,124 +319,3 @@ def _exchange(xp: Any, given: dict[str, Array]) -> tuple[dict[str, Array], Calla
             ) from error
     way_back: Callable[[Array], Array] = getattr(importlib.import_module(module), back)
     return seen, way_back
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def _interface(a: Array) -> dict[str, Any]:
-    found: dict[str, Any] = a.__cuda_array_interface__
-    return found
-
-
-def _address(a: Array) -> int:
-    return int(_interface(a)["data"][0])
-
-
-def _read_only(a: Array) -> bool:
-    return bool(_interface(a)["data"][1])
-
-
-def _same_place(a: Array, b: Array) -> bool:
-    """Whether two arrays are the same elements in the same order."""
-    return _address(a) == _address(b) and a.strides == b.strides and a.shape == b.shape
-
-
-def _bounds(a: Array) -> tuple[int, int]:
-    """The first address of an array and the one behind its last."""
-    start = _address(a)
-    if a.flags.c_contiguous:
-        return start, start + a.nbytes
-    reach = [(n - 1) * s for s, n in zip(a.strides, a.shape, strict=True)]
-    return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + a.itemsize
-
-
-class _Addresses:
-    """A range of GPU addresses, to be asked for overlaps only."""
-
-    def __init__(self, a: Array) -> None:
-        data = {"typestr": f"|V{a.itemsize}", "data": (_address(a), True)}
-        self.__array_interface__ = {"version": 3, "shape": a.shape, "strides": a.strides, **data}
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share an element."""
-    if not a.size or not b.size:
-        return False
-    (low, high), (begin, end) = _bounds(a), _bounds(b)
-    if high <= begin or end <= low:
-        return False
-    # NumPy solves this from addresses and strides, without looking at what is there. These arrays never leave this line.
-    return checks.overlap(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)))
-
-
-@lru_cache(maxsize=1024)
-def _order(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """Axes as they lie in memory, the inverse permutation, and (N, C, S)."""
-    order = layout.axis_order(shape, strides)
-    at = order.index(axis)
-    lengths = prod(shape[a] for a in order[:at]), shape[axis], prod(shape[a] for a in order[at + 1 :])
-    return order, tuple(order.index(a) for a in range(len(order))), lengths
-
-
-class Layout:
-    """How the kernels read the arrays of a call: as contiguous (N, C, S) in x's order of axes in memory.
-
-    Attributes
-    ----------
-    shape : (N, C, S)
-        S == 1: rows of channels.
-    """
-
-    def __init__(self, x: Array, axis: int, dtype: str) -> None:
-        self.full, self.axis = x.shape, axis
-        self.order, self.inverse, self.shape = _order(tuple(x.shape), tuple(x.strides), axis)
-        self.bits = dtype == "bfloat16"
-
-    def _in_order(self, a: Array) -> Array:
-        """A view whose axes lie in memory in this layout's order, bfloat16 as uint16."""
-        view = a.transpose(self.order)
-        return view.view(np.uint16) if self.bits else view
-
-    def read(self, a: Array | None) -> Array | None:
-        """An input, itself or as a contiguous copy."""
-        if a is None:
-            return None
-        view = self._in_order(a)
-        return view if _fits(view) else view.copy(order="C")
-
-    def written(self, xp: Any, out: Array | None, dtype: Any) -> tuple[Array, Array, Callable[[], None]]:
-        """(array to return, array for the kernels to write, what to call afterwards)."""
-        if out is not None:
-            view = self._in_order(out)
-            if _fits(view):
-                return out, view, no_more
-        made = xp.empty(tuple(self.full[a] for a in self.order), np.uint16 if self.bits else dtype)
-        if out is None:
-            y = made.view(dtype) if self.bits else made
-            return y.transpose(self.inverse), made, no_more
-
-        def finish() -> None:
-            self._in_order(out)[...] = made
-
-        return out, made, finish
-
-    def weight(self, xp: Any, w: Array | None) -> Array | None:
-        """Weights of all N * S values, or of a whole number of rows each."""
-        if w is None:
-            return None
-        N, _, S = self.shape
-        shape = tuple(n for a, n in enumerate(self.full) if a != self.axis)
-        if w.shape == shape[:1] and self.order[0] == 0 and (S == 1 or w.size == N):
-            return w  # of runs of rows
-        if w.shape != shape:
-            w = xp.broadcast_to(w.reshape(w.shape + (1,) * (len(shape) - 1)), shape)
-        return xp.ascontiguousarray(w.transpose(tuple(a - (a > self.axis) for a in self.order if a != self.axis)))
-
-
-def _fits(view: Array) -> bool:
-    return bool(view.flags.c_contiguous) and _address(view) % view.itemsize == 0
-
-
-def no_more() -> None:
-    """Nothing is left to do after the kernels."""

@@ -15,11 +15,17 @@ from fastbn.kernels.rows import BETA, COEF_A, COEF_B, COEF_C, GAMMA, INVSTD, LOW
 
 # Rows of the forward's coefficients: y = ((x - HI) - LO) * SCALE_T + SHIFT; the mean is the two words HI + LO.
 HI, LO, INV, SCALE_T, SHIFT = range(5)
+COEF_ROWS = 5
 # Rows of the backward's coefficients: dx = DA * dy + DB * xhat + DC with xhat = ((x - HI) - LO) * INV. It is xhat and not
 # x - mean, since b of formulas.backward_coefficients leaves float32's range where x is of the size of 1e25.
 DA, DB, DC = range(3)
+GRAD_ROWS = 3
 # Fields of a block's partial moments: count, shift, mean - shift, M2.
 FIELDS = 4
+# Fields of a block's partial sums of the backward: dy and dy * xhat.
+SUM_FIELDS = 2
+# What running statistics can hold.
+LARGEST_FLOAT32, LARGEST_FLOAT64 = (2.0 - 2.0**-23) * 2.0**127, (2.0 - 2.0**-52) * 2.0**1023
 
 exact_sum = device(formulas.exact_sum)
 backward_coefficients = device(formulas.backward_coefficients)
@@ -28,14 +34,12 @@ running_average = device(formulas.running_average)
 
 @device
 def update_running(running_mean, running_var, c, mean, var, momentum):
-    """Move the running statistics towards the batch's, unless that would make them not finite in their own type."""
+    """Move the running statistics towards the batch's, unless their type cannot hold those; as update_running of kernels/channels.py."""
     if running_mean.size > 0:
-        old_mean, old_var = running_mean[c], running_var[c]
-        running_mean[c] = running_average(float64(old_mean), mean, momentum)
-        running_var[c] = running_average(float64(old_var), var, momentum)
-        if not (math.isfinite(running_mean[c]) and math.isfinite(running_var[c])):
-            running_mean[c] = old_mean
-            running_var[c] = old_var
+        limit = LARGEST_FLOAT32 if running_mean.itemsize == 4 else LARGEST_FLOAT64
+        if abs(mean) <= limit and var <= limit:
+            running_mean[c] = running_average(float64(running_mean[c]), mean, momentum)
+            running_var[c] = running_average(float64(running_var[c]), var, momentum)
 
 
 @device
@@ -44,13 +48,14 @@ def finish_channel(table, coefs, c, C, gamma, beta, mean, low, var, eps):
     g = float64(gamma[c]) if gamma.size > 0 else 1.0
     b = float64(beta[c]) if beta.size > 0 else 0.0
     invstd = 1.0 / math.sqrt(var + eps)
+    # In the order of the rows, so that one address serves all: in another, kernels that hold 64 half values a thread spill 48 bytes.
     table[GAMMA * C + c] = g
-    table[BETA * C + c] = b
-    table[MEAN * C + c] = mean
-    table[LOW * C + c] = low
     table[VAR * C + c] = var
     table[INVSTD * C + c] = invstd
+    table[MEAN * C + c] = mean
+    table[LOW * C + c] = low
     table[SCALE * C + c] = g * invstd
+    table[BETA * C + c] = b
     coefs[HI * C + c] = mean
     coefs[LO * C + c] = (mean - float64(coefs[HI * C + c])) + low  # what rounding to coefs' type has lost
     coefs[INV * C + c] = invstd

@@ -8,6 +8,7 @@ Not yet run on a GPU: both roads are written after numba-cuda's and cuda.core's 
 """
 
 import logging
+from functools import lru_cache
 
 from fastbn.kernels.cuda.target import SIMULATED, numba_cuda
 from fastbn.kernels.cuda.variants import compiled
@@ -18,33 +19,36 @@ FLAT_VERSIONS = ((0, 30),)
 _log = logging.getLogger("fastbn")
 _flat_works = not SIMULATED
 _flat_kernels = {}
-_flat_streams = {}
 
 
 class DeviceArray:
-    """A contiguous 1-D view of device memory: what both launchers need to know of an array, and a reference that keeps it alive."""
+    """A contiguous 1-D view of device memory: what both launchers need to know of an array, and a reference that keeps it alive.
 
-    __slots__ = ("base", "itemsize", "pointer", "size", "typestr")
+    `words` are Numba's seven of a 1-D array: meminfo, parent, nitems, itemsize, data, shape, strides.
+    """
+
+    __slots__ = ("base", "itemsize", "pointer", "size", "typestr", "words")
 
     def __init__(self, pointer, size, itemsize, typestr, base=None):
         self.pointer, self.size, self.itemsize, self.typestr, self.base = pointer, size, itemsize, typestr, base
+        self.words = 0, 0, size, itemsize, pointer, size, itemsize
 
     @property
     def __cuda_array_interface__(self):
         """Version 3, without a stream: Numba then does not wait for one."""
         return {"shape": (self.size,), "typestr": self.typestr, "data": (self.pointer, False), "version": 3, "strides": None}
 
-    def words(self):
-        """Numba's seven words of a 1-D array: meminfo, parent, nitems, itemsize, data, shape, strides."""
-        return 0, 0, self.size, self.itemsize, self.pointer, self.size, self.itemsize
-
 
 def flat(arguments):
-    """The arguments of a kernel as plain words: arrays as seven, int as int64, float as float64."""
+    """The arguments of a kernel as plain words: arrays as seven, int as int64, float as float64.
+
+    cuda.core takes an int for eight bytes and a float for a double, which is what the kernels' int64 and float64 are. Nothing of NumPy
+    may be among them: it would be packed in its own size.
+    """
     words = []
     for argument in arguments:
-        if isinstance(argument, DeviceArray):
-            words.extend(argument.words())
+        if type(argument) is DeviceArray:
+            words += argument.words
         else:
             words.append(argument)
     return words
@@ -73,15 +77,27 @@ def _flat_kernel(variant, device):
     return function
 
 
+@lru_cache(maxsize=1024)
+def _flat_configuration(blocks, threads):
+    import cuda.core as core
+
+    return core.LaunchConfig(grid=blocks, block=threads)
+
+
+@lru_cache(maxsize=256)
+def _flat_stream(device, handle):
+    """A stream as cuda.core knows it: by handle, which the driver may give to a stream of another device once this one is gone."""
+    import cuda.core as core
+
+    return core.Stream.from_handle(handle)
+
+
 def _flat_launch(variant, blocks, threads, device, stream, arguments):
     """Launch through cuda.core; any exception means that this road is closed here."""
     import cuda.core as core
 
     function = _flat_kernel(variant, device)
-    handle = _flat_streams.get(stream)
-    if handle is None:
-        handle = _flat_streams[stream] = core.Stream.from_handle(stream)
-    core.launch(handle, core.LaunchConfig(grid=blocks, block=threads), function, *flat(arguments))
+    core.launch(_flat_stream(device, stream), _flat_configuration(blocks, threads), function, *flat(arguments))
 
 
 def ready(variant, device):

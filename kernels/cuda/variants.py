@@ -9,6 +9,7 @@ import inspect
 import itertools
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 
 from numba import float32, float64, int32, int64, types, uint32
 
@@ -47,6 +48,16 @@ class Variant:
     threads: int
     parameters: str = "float32"
     running: str = "float32"
+
+    def __hash__(self):
+        return self._hash
+
+    @cached_property
+    def _hash(self):  # once: it is looked up at every launch
+        return hash((self.name, self.dtype, self.options, self.threads, self.parameters, self.running))
+
+    def __getstate__(self):  # strings hash to something else in another process
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     @property
     def label(self):

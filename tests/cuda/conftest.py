@@ -24,7 +24,7 @@ if SIMULATED:
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     sys.setswitchinterval(1e-6)  # simulated threads wait for each other all the time: let them take turns often
 else:
-    names = ["forward", "backward", "blocks", "host", "sample_weights", "api", "api_errors", "bench", "failures"]
+    names = ["forward", "backward", "blocks", "host", "sample_weights", "api", "api_errors", "bench", "failures", "streams", "memory"]
     collect_ignore += [f"test_{name}.py" for name in names]
 
 

@@ -5,6 +5,7 @@ for CuPy's surface, not for CuPy: strides, flags and dtypes are NumPy's own.
 """
 
 import contextlib
+import threading
 import time
 import types
 from types import SimpleNamespace
@@ -13,6 +14,26 @@ import numpy as np
 
 CURRENT = [0]  # the current device
 STREAM = [0]  # the handle of the current stream
+SET = []  # (thread, device) of calls that make a device's context current
+
+
+class _Memory:
+    """Memory as CuPy's arrays point to it, and as NumPy takes it back."""
+
+    def __init__(self, array):
+        self.array, self.device_id = array, array.device.id
+
+    @property
+    def ptr(self):
+        return self.array.ctypes.data
+
+
+class _Addressed:
+    """Memory at an address, for np.asarray; the array that owns it stays alive."""
+
+    def __init__(self, memory, shape, dtype, strides):
+        data = {"data": (memory.ptr, False), "typestr": np.dtype(dtype).str, "shape": shape, "strides": strides}
+        self.owner, self.__array_interface__ = memory.array, {"version": 3, **data}
 
 
 class ndarray(np.ndarray):
@@ -21,8 +42,17 @@ class ndarray(np.ndarray):
     __module__ = "cupy"
     device = None  # instead of NumPy's own attribute
 
+    def __new__(cls, shape, dtype=float, memptr=None, strides=None):
+        with Device(memptr.device_id):
+            return np.asarray(_Addressed(memptr, shape, dtype, strides)).view(cls)
+
     def __array_finalize__(self, source):
         self.device = source.device if isinstance(source, ndarray) else SimpleNamespace(id=CURRENT[0])
+
+    @property
+    def data(self):
+        """CuPy's pointer, not NumPy's buffer."""
+        return _Memory(self)
 
     @property
     def __cuda_array_interface__(self):
@@ -83,6 +113,7 @@ def _cuda():
     properties = {"name": b"stand-in", "major": 0, "minor": 0, "multiProcessorCount": 1, "l2CacheSize": 64, "totalGlobalMem": 1 << 30}
     runtime = SimpleNamespace(
         getDevice=lambda: CURRENT[0],
+        setDevice=lambda device: SET.append((threading.get_ident(), device)),
         getDeviceCount=lambda: 2,
         getDeviceProperties=lambda device: properties,
         driverGetVersion=lambda: 0,
@@ -100,7 +131,7 @@ def _cuda():
 
 NAMES = (
     *("empty", "zeros", "ones", "asarray", "array", "empty_like", "zeros_like", "ones_like", "ascontiguousarray"),
-    *("repeat", "stack", "sqrt", "array_equal", "from_dlpack"),
+    *("repeat", "stack", "sqrt", "array_equal", "from_dlpack", "isfinite", "where"),
 )
 
 

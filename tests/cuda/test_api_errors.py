@@ -136,12 +136,18 @@ def torch(cupy, monkeypatch):
     """A module named torch and CuPy's exchange with it."""
 
     def from_dlpack(tensor):
+        Tensor.exchanges.append("to cupy")
         if tensor.dtype == np.float16:
             raise BufferError("cannot be exported")
         return tensor.array
 
+    def back(array):
+        Tensor.exchanges.append(array)
+        return Tensor(array)
+
     cupy.from_dlpack = from_dlpack
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(from_dlpack=Tensor))
+    monkeypatch.setattr(Tensor, "exchanges", [], raising=False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(from_dlpack=back))
 
 
 def test_arrays_of_others_are_given_back_in_kind(torch):
@@ -157,6 +163,18 @@ def test_arrays_of_others_are_given_back_in_kind(torch):
         fastbn.batch_norm_forward(x, gamma.array)
     with pytest.raises(TypeError, match=r"x, a torch\.Tensor.*cannot be exported.*cupy\.from_dlpack\(x\)"):
         fastbn.batch_norm_forward(Tensor(gpu(X.astype(np.float16))))
+
+
+def test_what_others_are_given_in_place_makes_them_wait_too(torch, monkeypatch):
+    """PyTorch's stream waits for CuPy's in the exchange, so `out` and the running statistics are exchanged after they were written."""
+    x, out, mean, var = (Tensor(gpu(a)) for a in (inputs.normal(SHAPE), X.copy(), FOUR.copy(), np.ones(4, np.float32)))
+    fastbn.batch_norm_forward(x, running_mean=mean, running_var=var, out=out)
+    *_, first, second, third = Tensor.exchanges
+    assert [first is out.array, second is mean.array, third is var.array] == [True] * 3
+    _, ctx = fastbn.batch_norm_forward(x)
+    dx = Tensor(gpu(X.copy()))
+    fastbn.batch_norm_backward(x, ctx, out=dx)
+    assert Tensor.exchanges[-1] is dx.array
 
 
 def test_arrays_of_unknown_others_are_refused(cupy):
