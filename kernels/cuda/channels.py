@@ -24,8 +24,6 @@ GRAD_ROWS = 3
 FIELDS = 4
 # Fields of a block's partial sums of the backward: dy and dy * xhat.
 SUM_FIELDS = 2
-# What running statistics can hold.
-LARGEST_FLOAT32, LARGEST_FLOAT64 = (2.0 - 2.0**-23) * 2.0**127, (2.0 - 2.0**-52) * 2.0**1023
 
 exact_sum = device(formulas.exact_sum)
 backward_coefficients = device(formulas.backward_coefficients)
@@ -34,12 +32,20 @@ running_average = device(formulas.running_average)
 
 @device
 def update_running(running_mean, running_var, c, mean, var, momentum):
-    """Move the running statistics towards the batch's, unless their type cannot hold those; as update_running of kernels/channels.py."""
+    """Move the running statistics towards the batch's, unless their type cannot hold those.
+
+    The batch's are stored first: reading them back is what rounds them to that type, without float64 arithmetic.
+    """
     if running_mean.size > 0:
-        limit = LARGEST_FLOAT32 if running_mean.itemsize == 4 else LARGEST_FLOAT64
-        if abs(mean) <= limit and var <= limit:
-            running_mean[c] = running_average(float64(running_mean[c]), mean, momentum)
-            running_var[c] = running_average(float64(running_var[c]), var, momentum)
+        old_mean, old_var = running_mean[c], running_var[c]
+        running_mean[c] = mean
+        running_var[c] = var
+        if math.isfinite(running_mean[c]) and math.isfinite(running_var[c]):
+            running_mean[c] = running_average(float64(old_mean), mean, momentum)
+            running_var[c] = running_average(float64(old_var), var, momentum)
+        else:
+            running_mean[c] = old_mean
+            running_var[c] = old_var
 
 
 @device
