@@ -100,18 +100,19 @@ def batch_norm_forward_apply(
     if residual is not None:
         residual = checks.like(residual, "residual", x)
     weight = checks.weights(sample_weight, x, axis)
+    written = None  # `out` as a plain array
     if out is not None:
         named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
-        out = checks.output(out, x, None, (*named, ("sample_weight", weight)))
+        written = checks.output(out, x, None, (*named, ("sample_weight", weight)))
     _check_moments(moments, x, axis)
     n = moments.count if effective_count is None else checks.number(effective_count, "effective_count")
 
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     state = None
     if moments.count:
-        table[rows.MEAN], table[rows.LOW], table[rows.VAR] = moments.mean, moments.mean_lo, moments.var()
+        cpu.set_statistics(table, moments.mean, moments.var(), moments.mean_lo)
     else:  # no part has any value
-        table[rows.MEAN], table[rows.LOW], table[rows.VAR] = 0.0, 0.0, 0.0
+        cpu.set_statistics(table, 0.0, 0.0)
     if x.size:
         x_native = memory.native(x)
         frame = memory.frame_of(x_native, axis, dtype, weight is not None)
@@ -128,15 +129,15 @@ def batch_norm_forward_apply(
             "running statistics"
         )
     if x.size:
-        y, mask = cpu.normalise(x_native, frame, table, eps, True, relu, relu, residual, None, out, x.dtype)
+        y, mask = cpu.normalise(x_native, frame, table, eps, True, relu, relu, residual, None, written, x.dtype)
         state = cpu.State(frame, table, mask, weights)
     else:
         table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
-        y = np.empty_like(x) if out is None else out
+        y = np.empty_like(x)
     if mean is not None and var is not None and moments.count:
         running.update(table, mean, var, momentum, n / (n - 1.0) if unbiased else 1.0)
     dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
-    return y, Context(x, axis, True, moments.count, residual is not None, relu, *dtypes, table, state)
+    return y if out is None else out, Context(x, axis, True, moments.count, residual is not None, relu, *dtypes, table, state)
 
 
 def _check_moments(moments: Any, x: Array, axis: int) -> None:
@@ -258,14 +259,19 @@ def batch_norm_backward_apply(
     n = ctx.count if count is None else checks.number(count, "count")
     if x.size and not 0.0 < n < np.inf:
         raise ValueError(f"count is {n}; it must be the whole batch's: values per channel, or the sum of the weights")
+    written = None
     if out is not None:
         named = (("dy", dy), ("x, which ctx holds", x), ("sum_dy", sums[0]), ("sum_dy_xmu", sums[1]))
-        out = checks.output(out, x, dy, named)
+        written = checks.output(out, x, dy, named)
+    dx: Array
+    dresidual: Array | None
     if x.size == 0:
-        dx = np.empty_like(x) if out is None else out
-        return (dx, np.empty_like(x)) if ctx.has_residual else dx
-    as_float64 = sums[0].astype(np.float64), sums[1].astype(np.float64)
-    dx, dresidual = cpu.apply(dy, x, ctx.state, as_float64, n, ctx.has_residual, out)
+        dx, dresidual = np.empty_like(x), np.empty_like(x)
+    else:
+        as_float64 = sums[0].astype(np.float64), sums[1].astype(np.float64)
+        dx, dresidual = cpu.apply(dy, x, ctx.state, as_float64, n, ctx.has_residual, written)
+    if out is not None:
+        dx = out
     return (dx, dresidual) if ctx.has_residual else dx
 
 

@@ -33,13 +33,11 @@ class State:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-def _points(p: Plan, x: Tensor, weights: Weights | None) -> tuple[int, int, int]:
+def _points(f: Frame, x: Tensor, weights: Weights | None) -> tuple[int, int, int]:
     """Offsets in a channel of the three values whose median is the shift."""
-    stride = x[1] // p.fold
-    if weights is not None:
-        a, b, c = (n * stride + s for n, s in weights.points)
-        return a, b, c
-    return 0, p.N // 2 * stride + p.S // 2, (p.N - 1) * stride + p.S - 1
+    stride = x[1] // f.plan.fold
+    a, b, c = (n * stride + s for n, s in (f.points if weights is None else weights.points))
+    return a, b, c
 
 
 def mask_shape(p: Plan) -> tuple[int, int, int]:
@@ -93,10 +91,16 @@ def wide_lanes(dtype: str, residual: object) -> bool:
 
 
 def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
+    """A forward's table with the parameters."""
     table = np.empty((rows.TABLE_ROWS, C))
     table[rows.GAMMA] = 1.0 if gamma is None else gamma
     table[rows.BETA] = 0.0 if beta is None else beta
     return table
+
+
+def set_statistics(table: Array, mean: Array | float, var: Array | float, low: Array | float = 0.0) -> None:
+    """Put given statistics into a table; `low` is what rounding the mean has lost."""
+    table[rows.MEAN], table[rows.VAR], table[rows.LOW] = mean, var, low
 
 
 def normalise(
@@ -136,7 +140,7 @@ def normalise(
     if given:  # neither moments nor a shift for them
         dispatch.run("inference", p, s, "sweeps", f.dtype, present, job, threads)
     else:
-        job["partial"], job["points"] = np.empty(s.partial), _points(p, x_tensor, weights)
+        job["partial"], job["points"] = np.empty(s.partial), _points(f, x_tensor, weights)
         dispatch.run("forward", p, s, s.road, f.dtype, present, job, threads)
     finish_output(y, made)
     return y, mask
@@ -150,7 +154,7 @@ def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     threads = dispatch.threads_for(f.size)
     s = f.schedules[0]
     job = _job(s, threads, weights)
-    job.update(x=x_tensor, table=table, eps=1.0, partial=np.empty(s.partial), points=_points(p, x_tensor, weights))
+    job.update(x=x_tensor, table=table, eps=1.0, partial=np.empty(s.partial), points=_points(f, x_tensor, weights))
     dispatch.run("moments", p, s, "sweeps", f.dtype, present_arguments(None, _kind(weights), None, False), job, threads)
     return table
 

@@ -127,7 +127,7 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     width = group * p.S * p.fold
     rows_a_part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
     shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
-    arguments = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows, "rows_a_part": rows_a_part}
+    arguments: Job = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows, "rows_a_part": rows_a_part}
     arguments["weight"] = None
     arguments["pieces"] = 1 + p.count * p.C * itemsize // PIECE  # kernel calls at least, so that Ctrl-C is noticed
     scratch = (group, 4 * LANES)

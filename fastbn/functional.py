@@ -113,9 +113,10 @@ def batch_norm_forward(
     if residual is not None:
         residual = checks.like(residual, "residual", x)
     weight = checks.weights(sample_weight, x, axis)
+    written = None  # `out` as a plain array
     if out is not None:
         named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
-        out = checks.output(out, x, None, (*named, ("sample_weight", weight)))
+        written = checks.output(out, x, None, (*named, ("sample_weight", weight)))
     if training and mean is not None and var is not None:
         read = (("x", x), ("gamma", gamma_), ("beta", beta_), ("residual", residual), ("sample_weight", weight))
         checks.apart(mean, var, read)
@@ -140,9 +141,11 @@ def batch_norm_forward(
                 "train with more values, or pass training=False"
             )
     else:
-        table[rows.MEAN], table[rows.VAR], table[rows.LOW] = mean, var, 0.0
+        assert mean is not None
+        assert var is not None
+        cpu.set_statistics(table, mean, var)
     y, mask = cpu.normalise(
-        x_native, frame, table, eps, not training, relu, relu, residual, weights if training else None, out, x.dtype
+        x_native, frame, table, eps, not training, relu, relu, residual, weights if training else None, written, x.dtype
     )
     ctx = Context(
         x,
@@ -158,7 +161,7 @@ def batch_norm_forward(
     )
     if training and mean is not None and var is not None:
         running.update(table, mean, var, momentum, running.correction(effective) if unbiased else 1.0)
-    return y, ctx
+    return y if out is None else out, ctx
 
 
 def _check_weights(weights: memory.Weights, x: Array, axis: int) -> None:
@@ -184,7 +187,10 @@ def _forward_of_nothing(
     out: Array | None,
 ) -> tuple[Array, Context]:
     """An empty batch: y is empty, and nothing is learnt from it."""
-    table[rows.MEAN], table[rows.VAR] = (0.0, 0.0) if training else (mean, var)
+    if mean is None or var is None or training:
+        cpu.set_statistics(table, 0.0, 0.0)
+    else:
+        cpu.set_statistics(table, mean, var)
     with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
         table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
@@ -242,14 +248,15 @@ def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) ->
     if type(x) is not np.ndarray and gpu.is_gpu_array(x):
         return gpu.backward(dy, ctx, out)
     dy = checks.like(dy, "dy", x)
-    if out is not None:
-        out = checks.output(out, x, dy, (("dy", dy), ("x, which ctx holds", x)))
+    written = None if out is None else checks.output(out, x, dy, (("dy", dy), ("x, which ctx holds", x)))
     if x.size == 0:
         grads = np.zeros((rows.BACKWARD_ROWS, x.shape[ctx.axis]))
         dresidual: Array | None
-        dx, dresidual = (np.empty_like(x) if out is None else out), np.empty_like(x)
+        dx, dresidual = np.empty_like(x), np.empty_like(x)
     else:
-        dx, grads, dresidual = cpu.backward(dy, x, ctx.state, not ctx.training, ctx.count, ctx.has_residual, out)
+        dx, grads, dresidual = cpu.backward(dy, x, ctx.state, not ctx.training, ctx.count, ctx.has_residual, written)
+    if out is not None:
+        dx = out
     dgamma = None if ctx.gamma_dtype is None else grads[rows.DGAMMA].astype(ctx.gamma_dtype)
     dbeta = None if ctx.beta_dtype is None else grads[rows.SUM_DY].astype(ctx.beta_dtype)
     return (dx, dgamma, dbeta, dresidual) if ctx.has_residual else (dx, dgamma, dbeta)
@@ -306,16 +313,18 @@ def batch_norm_inference(
     eps, relu = checks.eps(eps), checks.activation(activation)
     if residual is not None:
         residual = checks.like(residual, "residual", x)
+    written = None
     if out is not None:
         named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("mean", mean_), ("var", var_))
-        out = checks.output(out, x, x, named)
+        written = checks.output(out, x, x, named)
     if x.size == 0:
         return np.empty_like(x) if out is None else out
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
-    table[rows.MEAN], table[rows.VAR], table[rows.LOW] = mean_, var_, 0.0
+    cpu.set_statistics(table, mean_, var_)
     x_native = memory.native(x)
     frame = memory.frame_of(x_native, axis, dtype, False)
-    return cpu.normalise(x_native, frame, table, eps, True, relu, False, residual, None, out, x.dtype)[0]
+    y = cpu.normalise(x_native, frame, table, eps, True, relu, False, residual, None, written, x.dtype)[0]
+    return y if out is None else out
 
 
 def moments(x: Array, *, axis: int = 1, sample_weight: Array | None = None) -> Moments:

@@ -22,6 +22,9 @@ Tensor = tuple[Array, int, int]
 # Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.
 STREAM_FROM = 8 << 20
 LINE = 64
+# Where in a channel the three values lie whose median is the shift of its moments, as shares of its length. They are irregular, as data is
+# not: the first, middle and last value of an image are its border and its centre.
+PLACES = np.array([0.303, 0.917, 0.539])
 
 class Frame:
     """How the arrays of one kind of call are read: the plan, and what follows from it. Made once for a shape, strides and axis.
@@ -55,6 +58,12 @@ class Frame:
         if a.strides not in known:
             known[a.strides] = layout.tensor_strides(self.plan, self.axis, a.shape, a.strides, a.itemsize)
         return known[a.strides]
+
+    @cached_property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """Three places (n, s) in a channel, from which its shift is chosen."""
+        p = self.plan
+        return tuple(divmod(int(share * p.count), p.S) for share in PLACES)
 
     @cached_property
     def fresh_strides(self) -> tuple[int, int]:
@@ -155,7 +164,13 @@ def finish_output(out: Array, made: Array | None) -> None:
 
 
 def weights_of(sample_weight: Array, f: Frame) -> Weights:
-    """Checked weights, (N,) or x's shape without the channel axis, in the order of the plan."""
+    """Checked weights, (N,) or x's shape without the channel axis, in the order of the plan.
+
+    Raises
+    ------
+    ValueError
+        Where their sum is infinite.
+    """
     p = f.plan
     shape = tuple(n for a, n in enumerate(f.shape) if a != f.axis)
     by_sample = sample_weight.shape != shape
@@ -167,9 +182,12 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
     array: Array = np.ascontiguousarray(sample_weight, dtype=np.float64).reshape(-1)
     times = math.prod(shape[1:]) if by_sample else 1  # positions that share a weight
     where = np.flatnonzero(array)
-    chosen = where[[0, len(where) // 2, -1]] if len(where) else np.zeros(3, np.intp)
+    chosen = where[(PLACES * len(where)).astype(np.intp)] if len(where) else np.zeros(3, np.intp)
     points = tuple(divmod(int(k) * times, max(p.S, 1)) for k in chosen)
-    total = times * float(array.sum())
+    with np.errstate(over="ignore"):
+        total = times * float(array.sum())
+    if not total < math.inf:
+        raise ValueError("sample_weight has a sum beyond the range of float64; divide the weights by their largest")
     part = array / (array.max(initial=0.0) or 1.0)  # of the largest: squares of these neither overflow nor vanish
     effective = times * float(part.sum()) ** 2 / (float(np.square(part).sum()) or 1.0)
     if by_sample:

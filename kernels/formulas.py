@@ -52,10 +52,11 @@ def float32_anchor(mean, var, scale, beta):
 def backward_coefficients(gamma, invstd, sum_dy, sum_dy_xmu, count):
     """(a, b, c) of dx = a * dy + b * (x - mean) + c, where sum_dy_xmu is the sum of dy * (x - mean).
 
-    Ioffe and Szegedy (2015) with their three gradients with respect to x, the variance and the mean collected.
+    Ioffe and Szegedy (2015) with their three gradients with respect to x, the variance and the mean collected. b is a product of two
+    factors of moderate size: the third power of invstd leaves float64's range where std is 1e105, or eps 1e-210.
     """
     a = gamma * invstd
-    return a, -a * invstd * invstd * sum_dy_xmu / count, -a * sum_dy / count
+    return a, -(a * invstd) * (invstd * sum_dy_xmu / count), -a * sum_dy / count
 
 
 def running_average(old, new, momentum):

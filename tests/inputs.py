@@ -77,6 +77,19 @@ def _outlier_first(rng, shape):
     return x
 
 
+def _padded(rng, shape):
+    """Images with a border and a spot: what lies at the first, the middle and the last place of a channel is far from the rest."""
+    x = 100 + rng.standard_normal(shape)
+    planes = x.reshape(*shape[:2], -1)
+    if planes.shape[2] > 2:
+        planes[:, :, (0, -1)] = 0
+        planes[shape[0] // 2, :, planes.shape[2] // 2] = 1e4
+    else:
+        planes[(0, -1), :] = 0
+        planes[shape[0] // 2] = 1e4
+    return x
+
+
 def _constant(value):
     def make(rng, shape):
         x = rng.standard_normal(shape)
@@ -105,6 +118,7 @@ VALUES = {
     "1e6 +- 1": _around(1e6, 1.0),
     "-1e6 +- 1": _around(-1e6, 1.0),
     "first value 1e5": _outlier_first,
+    "padded": _padded,
     "1e25": _scaled(1e25),
     "1e-30": _scaled(1e-30),
     "constant 0.1": _constant(0.1),

@@ -184,6 +184,30 @@ def test_out(order):
     checks.check_backward(dy, ctx, y, x, gamma, beta, out=out)
 
 
+def test_out_of_a_subclass_comes_back_itself(tmp_path):
+    """As from a NumPy function: a memory map that was passed can be flushed."""
+    x = inputs.normal((4, 6, 5))
+    *p, mean, var = inputs.parameters(6)
+    out = np.memmap(tmp_path / "y", np.float32, "w+", shape=x.shape)
+    y, ctx = fastbn.batch_norm_forward(x, *p, out=out)
+    assert y is out
+    assert fastbn.batch_norm_backward(x, ctx, out=out)[0] is out
+    assert fastbn.batch_norm_inference(x, *p, mean, var, out=out) is out
+
+
+@pytest.mark.parametrize("size", [1e110, 1e-110, 1e150])
+def test_gradients_of_a_size_whose_third_power_float64_does_not_hold(size):
+    x, dy = inputs.normal((64, 3), np.float64) * size, inputs.normal((64, 3), np.float64, seed=1)
+    checks.check_both(x, *inputs.parameters(3, np.float64)[:2], dy=dy, eps=1e-300)
+
+
+def test_gradients_of_a_constant_channel_and_a_tiny_eps():
+    x, dy = np.full((8, 2), 3.0), inputs.normal((8, 2), np.float64, seed=1)
+    dx = fastbn.batch_norm_backward(dy, fastbn.batch_norm_forward(x, eps=1e-210)[1])[0]
+    # invstd is 1e105, and what the sum over dy has lost is 4 ulp of it at most
+    np.testing.assert_allclose(dx, (dy - dy.mean(axis=0)) * 1e105, rtol=0, atol=1e105 * 1e-15)
+
+
 def test_nothing_is_written_outside_out():
     for shape in [(3, 5, 7, 7), (9, 33), (2, 3, 17, 31)]:
         x, dy = inputs.normal(shape), inputs.normal(shape, seed=1)

@@ -185,6 +185,20 @@ def test_one_warning_for_many_non_finite_channels():
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("call", ["function", "layer", "blocks"])
+def test_the_warning_names_the_line_that_called(call):
+    x = inputs.normal((6, 5, 4))
+    x[0, 1] = np.nan
+    with pytest.warns(RuntimeWarning, match="1 of 5 channels") as caught:
+        if call == "function":
+            fastbn.batch_norm_forward(x, None, None, np.zeros(5), np.ones(5))
+        elif call == "layer":
+            fastbn.BatchNorm(5)(x)
+        else:
+            fastbn.batch_norm_forward_apply(x, fastbn.moments(x), None, None, np.zeros(5), np.ones(5))
+    assert caught[0].filename == __file__
+
+
 def test_a_statistic_too_large_for_the_running_dtype_is_not_stored():
     # The variance of values of 1e25 is 1e50: finite in float64, infinite in a float32 running_var, for ever.
     x = inputs.normal((6, 2, 4))

@@ -11,7 +11,7 @@ import subprocesses
 import teams
 
 import fastbn
-from fastbn import functional, threads, uninterrupted
+from fastbn import functional, uninterrupted
 
 ALARM = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no interval timers")
 # Kernels that take 2 ms a piece and note what they do; real signals, SIGALRM with the handler of SIGINT. Numba is not needed.

@@ -185,6 +185,22 @@ def test_bessel_counts_the_effective_number_of_real_weights(factor):
     np.testing.assert_allclose(var, ctx.var * n / (n - 1), rtol=1e-13)  # sums of 48 terms, in another order
 
 
+def test_one_weight_outweighs_all_others():
+    """Their effective number is 1: finite statistics, but no unbiased variance."""
+    x, mean, var = inputs.normal((3, 2)), np.zeros(2), np.ones(2)
+    w = np.array([1.0, 1e-20, 0.0])
+    with pytest.warns(RuntimeWarning, match="all but one of the sample weights are vanishingly small"):
+        fastbn.batch_norm_forward(x, None, None, mean, var, sample_weight=w)
+    assert mean.tolist() == [0, 0]
+    assert var.tolist() == [1, 1]
+    fastbn.batch_norm_forward(x, None, None, mean, var, sample_weight=w, unbiased=False)
+
+
+def test_weights_with_an_infinite_sum():
+    with pytest.raises(ValueError, match="divide the weights by their largest"):
+        fastbn.batch_norm_forward(inputs.normal((4, 2)), sample_weight=np.full(4, 1e308))
+
+
 def test_one_context_twice_and_in_place():
     x, dy = inputs.normal((4, 6, 5, 7)), inputs.normal((4, 6, 5, 7), seed=1)
     _, ctx = fastbn.batch_norm_forward(x, *inputs.parameters(6)[:2], sample_weight=weights("weight per value", x.shape))
