@@ -78,15 +78,13 @@ def _outlier_first(rng, shape):
 
 
 def _padded(rng, shape):
-    """Images with a border and a spot: what lies at the first, the middle and the last place of a channel is far from the rest."""
+    """Images whose corners are black: what lies at the first and the last place of a channel is 100 standard deviations off."""
     x = 100 + rng.standard_normal(shape)
     planes = x.reshape(*shape[:2], -1)
     if planes.shape[2] > 2:
         planes[:, :, (0, -1)] = 0
-        planes[shape[0] // 2, :, planes.shape[2] // 2] = 1e4
     else:
         planes[(0, -1), :] = 0
-        planes[shape[0] // 2] = 1e4
     return x
 
 
