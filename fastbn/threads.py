@@ -18,16 +18,14 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
-from math import ceil
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import processors
 from fastbn.kernels.rows import DONE, NEXT
 
 Board = NDArray[np.int64]
@@ -234,42 +232,10 @@ def parallel(work: Work, board: Board, pieces: int, threads: int) -> None:
     call.raise_errors()
 
 
-def _text(path: Path) -> str:
-    """A small file's text; empty if there is no such file."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _quota(root: Path = Path("/")) -> int | None:
-    """Whole processors that the control groups of this process grant, rounded up; None if they set no limit.
-
-    Reads cgroup v2 (``cpu.max``) and v1 (``cpu.cfs_quota_us``), for the process's group and all groups above it.
-    """
-    limits = []
-    for line in _text(root / "proc/self/cgroup").splitlines() or ["0::/"]:
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        inner = top / group.strip("/")  # in a container it may not be there; `top` is
-        for folder in (inner, *inner.parents):
-            v1 = _text(folder / "cpu.cfs_quota_us") + " " + _text(folder / "cpu.cfs_period_us")
-            with suppress(ValueError, ZeroDivisionError):  # "max", or no such files: no limit
-                quota, period = (int(word) for word in (_text(folder / "cpu.max") or v1).split())
-                if quota > 0:
-                    limits.append(max(1, ceil(quota / period)))
-            if folder == top:
-                break
-    return min(limits, default=None)
-
-
 @lru_cache(maxsize=1)
 def _default_threads() -> int:
     """The smallest of affinity, control groups' quota and FASTBN_NUM_THREADS."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    available = min(affinity, _quota() or affinity)
+    available = processors.available()
     text = os.environ.get("FASTBN_NUM_THREADS", "")
     if not text:
         return available

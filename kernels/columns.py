@@ -164,6 +164,7 @@ def takes_strip(table, first, channels, wide):
 @inline
 def expand_constants(table, scratch, first, channels, S, width, wide):
     """Mean, its second word (float64 lanes only), scale and bias by column, for the channels from `first` on."""
+    # min: did LLVM know the number, it would unroll the loop and compile all of `expand` four times.
     for k in range(min(4, table.shape[0])):  # MEAN, LOW, SCALE, BETA
         values = moved(vectors(table, ANCHOR if wide is None and k == MEAN_ROW else MEAN + k), first)
         if wide is None and k == BIAS_ROW:

@@ -120,7 +120,7 @@ def expand_coefficients(x, table, grads, scratch, first, channels, S, width):
     means = moved(vectors(table, MEAN), first)
     for k in range(2 if two_words(x) else 0):  # MEAN, LOW
         expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
-    for k in range(min(3, grads.shape[0])):  # COEF_A, COEF_B, COEF_C
+    for k in range(min(3, grads.shape[0])):  # not unrolled, as in `expand_constants`: COEF_A, COEF_B, COEF_C
         values = moved(vectors(grads, COEF_A + k), first)
         if A_ROW + k == C_ROW:
             slopes, constants = moved(vectors(grads, COEF_B), first), values

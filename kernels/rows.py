@@ -3,6 +3,8 @@
 Neither Numba nor CuPy is imported here, so that the host's side can name the rows too.
 """
 
+# Kernels of columns read MEAN to BETA, and COEF_A to COEF_C, in loops over neighbouring rows: these keep their order.
+#
 # The forward's: GAMMA and BETA are the parameters, the rest follows from the statistics. MEAN and LOW are the mean in two words. ANCHOR
 # is the last, as the CPU alone keeps it: MEAN in float32 lanes, or NaN where a channel does not fit those.
 GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)

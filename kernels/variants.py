@@ -16,6 +16,25 @@ from fastbn.kernels.cache import KernelCache
 from fastbn.kernels.simd import Pointer, bfloat16
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
+# What is not an int64, whatever the data is.
+FIXED = {
+    "relu": types.boolean,
+    "streamed": types.boolean,
+    "frozen": types.boolean,
+    "wide": types.boolean,
+    "constant": types.boolean,
+    "force": types.boolean,
+    "limit": types.float64,
+    "table": types.float64[:, ::1],
+    "partial": types.float64[:, :, ::1],
+    "scratch": types.float64[:, :, ::1],
+    "points": types.UniTuple(types.int64, 3),
+    "eps": types.float64,
+    "momentum": types.float64,
+    "correction": types.float64,
+    "count": types.float64,
+    "grads": types.float64[:, ::1],
+}
 OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen", "wide")
 
 
@@ -32,29 +51,11 @@ def argument_type(name, dtype, present):
         return types.none
     if name in ("x", "y", "dy", "dx", "residual", "dresidual"):
         return tensor(DTYPES[dtype])
-    if name in ("running_mean", "running_var", "dgamma", "dbeta"):
+    if name in ("running_mean", "running_var"):
         return Pointer(DTYPES[dtype])
-    fixed = {
-        "weight": tensor(types.float64),
-        "mask": tensor(types.uint16),
-        "relu": types.boolean,
-        "streamed": types.boolean,
-        "frozen": types.boolean,
-        "wide": types.boolean,
-        "constant": types.boolean,
-        "force": types.boolean,
-        "limit": types.float64,
-        "table": types.float64[:, ::1],
-        "partial": types.float64[:, :, ::1],
-        "scratch": types.float64[:, :, ::1],
-        "points": types.UniTuple(types.int64, 3),
-        "eps": types.float64,
-        "momentum": types.float64,
-        "correction": types.float64,
-        "count": types.float64,
-        "grads": types.float64[:, ::1],
-    }
-    return fixed.get(name, types.int64)
+    if name in ("weight", "mask"):
+        return tensor(types.float64 if name == "weight" else types.uint16)
+    return FIXED.get(name, types.int64)
 
 
 def signature(function, dtype, present):

@@ -185,17 +185,19 @@ def test_one_warning_for_many_non_finite_channels():
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("call", ["function", "layer", "blocks"])
+CALLS = {
+    "function": lambda x: fastbn.batch_norm_forward(x, None, None, np.zeros(5), np.ones(5)),
+    "layer": lambda x: fastbn.BatchNorm(5)(x),
+    "blocks": lambda x: fastbn.batch_norm_forward_apply(x, fastbn.moments(x), None, None, np.zeros(5), np.ones(5)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_the_warning_names_the_line_that_called(call):
     x = inputs.normal((6, 5, 4))
     x[0, 1] = np.nan
     with pytest.warns(RuntimeWarning, match="1 of 5 channels") as caught:
-        if call == "function":
-            fastbn.batch_norm_forward(x, None, None, np.zeros(5), np.ones(5))
-        elif call == "layer":
-            fastbn.BatchNorm(5)(x)
-        else:
-            fastbn.batch_norm_forward_apply(x, fastbn.moments(x), None, None, np.zeros(5), np.ones(5))
+        call(x)
     assert caught[0].filename == __file__
 
 

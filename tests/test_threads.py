@@ -13,7 +13,7 @@ import subprocesses
 import teams
 
 import fastbn
-from fastbn import dispatch, threads
+from fastbn import dispatch, processors, threads
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ NUMBER = "import fastbn; print(fastbn.get_num_threads())"
 
 @pytest.mark.parametrize("text", ["1", "2"])
 def test_environment(text):
-    available = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), threads._quota() or 1024)
+    available = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), processors.quota() or 1024)
     assert int(subprocesses.run(NUMBER, env={"FASTBN_NUM_THREADS": text})) == min(int(text), available)
 
 
@@ -223,7 +223,7 @@ def control_groups(root, own, **files):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return threads._quota(root)
+    return processors.quota(root)
 
 
 def test_quota_of_a_container(tmp_path):
@@ -231,7 +231,7 @@ def test_quota_of_a_container(tmp_path):
 
 
 def test_no_quota(tmp_path):
-    assert threads._quota(tmp_path) is None
+    assert processors.quota(tmp_path) is None
     assert control_groups(tmp_path, "0::/\n", **{"sys/fs/cgroup/cpu.max": "max 100000\n"}) is None
 
 
@@ -255,7 +255,7 @@ def test_version_1_without_a_limit(tmp_path):
 def test_the_quota_is_obeyed(monkeypatch):
     monkeypatch.delenv("FASTBN_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "_threads", None)
-    monkeypatch.setattr(threads, "_quota", lambda: 1)
+    monkeypatch.setattr(processors, "quota", lambda: 1)
     threads._default_threads.cache_clear()
     assert fastbn.get_num_threads() == 1
     threads._default_threads.cache_clear()
