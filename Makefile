@@ -40,6 +40,7 @@ ptx: $(PTX)/.ptx
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench
+	$(BIN)/python bench/features.py --save bench/results
 	$(BIN)/python bench/report.py
 
 # numba-cuda, again: an environment to itself. CUDA=cuda12 for drivers of CUDA 12.

@@ -41,7 +41,9 @@ ROWS = (
     ("forward", (32, 64, 112, 112), "channels-first"),
     ("forward", (32, 512, 28, 28), "channels-first"),
     ("forward", (32, 256, 56, 56), "channels-last"),
+    ("forward", (4096, 1024), "nc"),
     ("backward", (32, 64, 112, 112), "channels-first"),
+    ("backward", (32, 256, 56, 56), "channels-last"),
     ("inference", (32, 256, 56, 56), "channels-first"),
 )
 

@@ -104,6 +104,8 @@ class Schedule:
         Rows (columns) or planes (planes) of a block.
     tasks : mapping of str to int
         What `STEPS` splits into, and how many there are.
+    whole : mapping of str to array
+        The same as one piece: `cut` of it for one thread.
     arguments : dict
         The kernels' arguments that follow from all this.
     partial, scratch : tuple of int
@@ -115,6 +117,7 @@ class Schedule:
     blocks: int
     rows_a_block: int
     tasks: Mapping[str, int]
+    whole: Mapping[str, NDArray[np.int64]]
     arguments: Job
     partial: tuple[int, int, int]
     scratch: tuple[int, int]
@@ -135,7 +138,8 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
         # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
         scratch = (6, -(-width // LANES) * LANES + LANES)
         tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // rows_a_part))
-    return Schedule(road, group, blocks, rows, tasks, arguments, (p.C, blocks, 4), scratch)
+    whole = {split: np.array([0, count], np.int64) for split, count in tasks.items()}
+    return Schedule(road, group, blocks, rows, tasks, whole, arguments, (p.C, blocks, 4), scratch)
 
 
 def _cut(p: Plan, itemsize: int, tensors: int) -> tuple[str, int, int, int, dict[str, int]]:
@@ -216,7 +220,10 @@ def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tu
     """
     unfit = 0
     for this in program(operation, p.family, road, dtype, present):
-        unfit += _run(this, s, job, threads)
+        if this.split is None:
+            unfit += this.kernel(*this.arguments(job)) or 0
+        else:
+            unfit += _run(this, s, job, threads)
     if unfit and job.get("wide", True) is None:
         job["wide"] = False
         _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)
@@ -243,14 +250,11 @@ _ALONE = np.empty(0, np.int64)  # the board of a thread that shares with none
 
 
 def _run(this: Step, s: Schedule, job: Job, threads: int) -> int:
-    """Run one step; the sum of what its kernel returns, which is how many channels do not fit, or nothing."""
-    arguments = this.arguments(job)
-    if this.split is None:
-        return this.kernel(*arguments) or 0
-    pieces: int = job["pieces"]
-    cuts = cut(s.tasks[this.split], s.group if this.split == "channels" else 1, threads, pieces)
-    if threads == 1 and pieces == 1:
-        return this.kernel(BELL, _ALONE, cuts, 1, 0, arguments)
+    """Run a step that is split; the sum of what its kernel returns, which is how many channels do not fit, or 0."""
+    split, arguments, pieces = this.split or "", this.arguments(job), job["pieces"]
+    if threads == 1 and pieces == 1:  # a small call: the shortest way
+        return this.kernel(BELL, _ALONE, s.whole[split], 1, 0, arguments)
+    cuts = cut(s.tasks[split], s.group if split == "channels" else 1, threads, pieces)
     turns = len(cuts) if pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
     board = np.zeros(3, np.int64)
 
