@@ -8,19 +8,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from fastbn.blocks import batch_norm_backward_apply, batch_norm_backward_reduce, batch_norm_forward_apply
-    from fastbn.config import show_config
-    from fastbn.context import Context
-    from fastbn.folding import fold_batch_norm
-    from fastbn.functional import batch_norm_backward, batch_norm_forward, batch_norm_inference, moments
-    from fastbn.layers import BatchNorm
-    from fastbn.statistics import Moments
-    from fastbn.threads import get_num_threads, set_num_threads
-    from fastbn.tools import Explanation, explain, warmup
+if TYPE_CHECKING:  # for type checkers and editors, in the form that exports a name; tests/test_packaging.py compares with _HOME
+    from fastbn.blocks import batch_norm_backward_apply as batch_norm_backward_apply
+    from fastbn.blocks import batch_norm_backward_reduce as batch_norm_backward_reduce
+    from fastbn.blocks import batch_norm_forward_apply as batch_norm_forward_apply
+    from fastbn.config import show_config as show_config
+    from fastbn.context import Context as Context
+    from fastbn.folding import fold_batch_norm as fold_batch_norm
+    from fastbn.functional import batch_norm_backward as batch_norm_backward
+    from fastbn.functional import batch_norm_forward as batch_norm_forward
+    from fastbn.functional import batch_norm_inference as batch_norm_inference
+    from fastbn.functional import moments as moments
+    from fastbn.layers import BatchNorm as BatchNorm
+    from fastbn.statistics import Moments as Moments
+    from fastbn.threads import get_num_threads as get_num_threads
+    from fastbn.threads import set_num_threads as set_num_threads
+    from fastbn.tools import Explanation as Explanation
+    from fastbn.tools import explain as explain
+    from fastbn.tools import warmup as warmup
 
 __version__ = "0.1.0"
 
+# Public names, and the modules that they are in.
 _HOME = {
     "BatchNorm": "layers",
     "Context": "context",
@@ -34,32 +43,13 @@ _HOME = {
     "batch_norm_inference": "functional",
     "explain": "tools",
     "fold_batch_norm": "folding",
-    "moments": "functional",
     "get_num_threads": "threads",
+    "moments": "functional",
     "set_num_threads": "threads",
     "show_config": "config",
     "warmup": "tools",
 }
-
-__all__ = [
-    "BatchNorm",
-    "Context",
-    "Explanation",
-    "Moments",
-    "batch_norm_backward",
-    "batch_norm_backward_apply",
-    "batch_norm_backward_reduce",
-    "batch_norm_forward",
-    "batch_norm_forward_apply",
-    "batch_norm_inference",
-    "explain",
-    "fold_batch_norm",
-    "get_num_threads",
-    "moments",
-    "set_num_threads",
-    "show_config",
-    "warmup",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -74,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return [*__all__, "__version__"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -11,17 +13,40 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+# What data may be, by name: bfloat16 is no dtype of NumPy's own.
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+ALLOWED = f"{', '.join(DTYPES[:-1])} and {DTYPES[-1]} (ml_dtypes)"
 # Native dtypes are looked up; bfloat16 and other byte orders are found by name on the first miss.
-_DTYPES: dict[Any, str] = {np.dtype(name): name for name in ("float32", "float64", "float16")}
-ALLOWED = "float32, float64, float16 and bfloat16 (ml_dtypes)"
+_DTYPES: dict[Any, str] = {np.dtype(name): name for name in DTYPES[:-1]}
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str | None:
     """The dtype's name if the kernels know it, whatever its byte order."""
     name = _DTYPES.get(dtype)
-    if name is None and dtype.kind in "fV" and dtype.names is None and dtype.name in ("float16", "float32", "float64", "bfloat16"):
+    if name is None and dtype.kind in "fV" and dtype.names is None and dtype.name in DTYPES:
         name = _DTYPES[dtype] = dtype.name
     return name
+
+
+def cast_advice(dtype: np.dtype[Any], name: str) -> str:
+    """What to do with an array of a dtype that is not taken: the end of an error's text."""
+    if dtype.names:
+        return f"pass one of its fields, {name}[{dtype.names[0]!r}]"
+    if dtype.kind == "c":
+        return f"pass its real part, {name}.real, or real and imaginary part as channels of their own"
+    if dtype.kind in "OSUTmM" or dtype.type is np.void:
+        return f"convert it to numbers, {name}.astype(np.float64)"
+    wide = dtype.kind == "f" and dtype.itemsize > 8
+    return f"cast with {name}.astype(np.{'float64' if wide else 'float32'})"
+
+
+# What to do with a masked array; for what is not listed, _UNMASKED.
+_UNMASK = {
+    "x": "pass x.data, and the mask as sample_weight=~mask if it covers whole positions",
+    "sample_weight": "pass sample_weight.filled(0), which gives what is masked no weight",
+    "out": "pass out.data",
+}
+_UNMASKED = "pass {0}.data, which ignores the mask, or {0}.filled(value)"
 
 
 def array(a: Any, name: str) -> Array:
@@ -35,14 +60,12 @@ def array(a: Any, name: str) -> Array:
     if type(a) is np.ndarray:
         return a
     if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array; pass {name}.data, and the mask as sample_weight=~mask if it covers whole positions"
-        )
+        raise TypeError(f"{name} is a masked array; fastbn takes plain arrays: {_UNMASK.get(name, _UNMASKED.format(name))}")
     if isinstance(a, np.ndarray):
         return a.view(np.ndarray)
-    kind = f"{type(a).__module__}.{type(a).__qualname__}".removeprefix("builtins.")
+    kind = "None" if a is None else f"a {type(a).__module__}.{type(a).__qualname__}".replace(" builtins.", " ")
     hint = f"np.asarray({name}, dtype=np.float32)" if isinstance(a, (list, tuple, int, float)) else f"{name} as a NumPy array"
-    raise TypeError(f"{name} is a {kind}; fastbn takes NumPy arrays, and CuPy arrays on a GPU, all of one kind: pass {hint}")
+    raise TypeError(f"{name} is {kind}; fastbn takes NumPy arrays, and CuPy arrays on a GPU, all of one kind: pass {hint}")
 
 
 def data(a: Any, name: str) -> tuple[Array, str]:
@@ -56,7 +79,7 @@ def data(a: Any, name: str) -> tuple[Array, str]:
     a = array(a, name)
     dtype = _DTYPES.get(a.dtype) or dtype_name(a.dtype)
     if dtype is None:
-        raise TypeError(f"{name} has dtype {a.dtype}; allowed are {ALLOWED}: cast with {name}.astype(np.float32)")
+        raise TypeError(f"{name} has dtype {a.dtype}; allowed are {ALLOWED}: {cast_advice(a.dtype, name)}")
     return a, dtype
 
 
@@ -72,9 +95,7 @@ def x_and_axis(x: Any, axis: Any) -> tuple[Array, str, int]:
     if x.ndim < 2:
         raise ValueError(f"x has shape {x.shape}; at least 2 dimensions are needed, such as (N, C): use x[None] or x.reshape(-1, C)")
     if type(axis) is not int:
-        if isinstance(axis, (bool, np.bool_)) or not hasattr(axis, "__index__"):
-            raise TypeError(f"axis is {axis!r} of type {type(axis).__name__}; pass a whole number")
-        axis = axis.__index__()
+        axis = whole(axis, "axis")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is out of range for x with shape {x.shape}; allowed are {-x.ndim} to {x.ndim - 1}")
     return x, dtype, axis % x.ndim
@@ -94,9 +115,9 @@ def vector(a: Any, name: str, x: Array, axis: int) -> Array | None:
     if known.dtype.char in "fd" and known.shape == (x.shape[axis],):
         return known
     if known.dtype.char not in "fd":
-        raise TypeError(f"{name} has dtype {a.dtype}; allowed are float32 and float64: cast with {name}.astype(np.float32)")
+        raise TypeError(f"{name} has dtype {known.dtype}; allowed are float32 and float64: {cast_advice(known.dtype, name)}")
     C = x.shape[axis]
-    raise ValueError(f"{name} has shape {a.shape}, but x has shape {x.shape} with {C} channels on axis {axis}: it must be ({C},)")
+    raise ValueError(f"{name} has shape {known.shape}, but x has shape {x.shape} with {C} channels on axis {axis}: it must be ({C},)")
 
 
 def running(mean: Any, var: Any, x: Array, axis: int, written: bool) -> tuple[Array | None, Array | None]:
@@ -195,22 +216,21 @@ def output(out: Any, x: Array, may_be: Array | None, others: tuple[tuple[str, Ar
     """
     if out is None:
         return None
-    out_: Array = array(out, "out")
-    out = out_
-    if out.dtype != x.dtype:
-        raise TypeError(f"out has dtype {out.dtype} and x has {x.dtype}; they must be equal: np.empty_like(x)")
-    if out.shape != x.shape:
-        raise ValueError(f"out has shape {out.shape} and x has shape {x.shape}; they must be equal: np.empty_like(x)")
-    if not out.flags.writeable:
+    known: Array = array(out, "out")
+    if known.dtype != x.dtype:
+        raise TypeError(f"out has dtype {known.dtype} and x has {x.dtype}; they must be equal: np.empty_like(x)")
+    if known.shape != x.shape:
+        raise ValueError(f"out has shape {known.shape} and x has shape {x.shape}; they must be equal: np.empty_like(x)")
+    if not known.flags.writeable:
         raise ValueError("out is read-only; pass a writable array: np.empty_like(x)")
-    if out.size and _overlaps_itself(out):
-        raise ValueError(f"out has strides {out.strides}: several elements share one address; pass np.empty_like(x)")
+    if known.size and _overlaps_itself(known):
+        raise ValueError(f"out has strides {known.strides}: several elements share one address; pass np.empty_like(x)")
     for name, a in others:
-        if a is None or not np.may_share_memory(out, a) or (may_be is a and same_place(out, a)) or not overlap(out, a):
+        if a is None or not np.may_share_memory(known, a) or (may_be is a and same_place(known, a)) or not overlap(known, a):
             continue
         allowed = "out may be that array itself, element for element" if may_be is a else "they must not share memory"
         raise ValueError(f"out overlaps {name}; {allowed}: pass np.empty_like(x)")
-    return out_
+    return known
 
 
 def _overlaps_itself(a: Array) -> bool:
@@ -234,8 +254,9 @@ def weights(sample_weight: Any, x: Array, axis: int) -> Array | None:
     if sample_weight is None:
         return None
     w = array(sample_weight, "sample_weight")
-    if w.dtype.kind not in "bf" and w.dtype.kind not in "iu" and dtype_name(w.dtype) is None:
-        raise TypeError(f"sample_weight has dtype {w.dtype}; allowed are bool and real numbers: cast with .astype(np.float32)")
+    if w.dtype.kind not in "bfiu" and dtype_name(w.dtype) is None:
+        advice = cast_advice(w.dtype, "sample_weight")
+        raise TypeError(f"sample_weight has dtype {w.dtype}; allowed are bool and real numbers: {advice}")
     full = x.shape[:axis] + x.shape[axis + 1 :]
     if w.shape != full and w.shape != full[:1]:
         raise ValueError(
@@ -248,19 +269,57 @@ def weights(sample_weight: Any, x: Array, axis: int) -> Array | None:
     return w
 
 
-def number(value: Any, name: str) -> float:
-    """A real number as float.
+def no_running_statistics() -> ValueError:
+    """The error of a frozen forward without statistics, to be raised."""
+    return ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
+
+
+def one_value_per_channel(shape: tuple[int, ...], axis: int) -> ValueError:
+    """The error of training with an x of this shape, whose channels hold one value each, to be raised."""
+    return ValueError(
+        f"x has shape {shape} with one value per channel on axis {axis}: its variance is 0 and says nothing; "
+        "train with more values, or pass training=False"
+    )
+
+
+def whole(value: Any, name: str) -> int:
+    """A whole number as int.
+
+    Raises
+    ------
+    TypeError
+        For anything else, bool and floats such as 1.0 included.
+    """
+    if type(value) is int:
+        return value
+    if not isinstance(value, (bool, np.bool_)):
+        with suppress(TypeError):  # arrays have an __index__ that raises
+            return operator.index(value)
+    raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; pass a whole number, such as 1")
+
+
+def number(value: Any, name: str, allowed: str = "finite") -> float:
+    """A real number as float; `allowed` is for the error's text.
 
     Raises
     ------
     TypeError
         For anything else, bool included.
+    ValueError
+        For a whole number or a fraction beyond float64.
     """
     if type(value) is float:
         return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.floating, np.integer)):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; pass a real number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # its digits may be too many to print
+        raise ValueError(f"{name} is beyond the range of float64, 1.8e308; it must be {allowed}") from None
+
+
+_EPS = "greater than 0 and finite, such as 1e-5"
+_MOMENTUM = "in [0, 1], the weight of the new batch in the running statistics, such as 0.1"
 
 
 def eps(value: Any) -> float:
@@ -272,9 +331,9 @@ def eps(value: Any) -> float:
     """
     if type(value) is float and 0.0 < value < math.inf:
         return value
-    e = number(value, "eps")
+    e = number(value, "eps", _EPS)
     if not 0.0 < e < math.inf:
-        raise ValueError(f"eps is {e}; it must be greater than 0 and finite, such as 1e-5")
+        raise ValueError(f"eps is {e}; it must be {_EPS}")
     return e
 
 
@@ -287,11 +346,9 @@ def momentum(value: Any) -> float:
     """
     if type(value) is float and 0.0 <= value <= 1.0:
         return value
-    m = number(value, "momentum")
+    m = number(value, "momentum", _MOMENTUM)
     if not 0.0 <= m <= 1.0:
-        raise ValueError(
-            f"momentum is {m}; it is the weight of the new batch in the running statistics and must lie in [0, 1], such as 0.1"
-        )
+        raise ValueError(f"momentum is {m}; it must be {_MOMENTUM}")
     return m
 
 

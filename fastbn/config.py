@@ -26,7 +26,6 @@ def show_config() -> None:
 def config() -> dict[str, str]:
     """What `show_config` prints, by name."""
     from fastbn import __version__
-    from fastbn.threads import get_num_threads
 
     return {
         "fastbn": __version__,
@@ -34,7 +33,7 @@ def config() -> dict[str, str]:
         **{name: _version(name) for name in ("numpy", "numba", "llvmlite", "ml_dtypes")},
         "cupy": _version("cupy", "cupy-cuda12x", "cupy-cuda13x"),
         "numba-cuda": _version("numba-cuda"),
-        "threads": f"{get_num_threads()} (FASTBN_NUM_THREADS, fastbn.set_num_threads)",
+        "threads": _threads(),
         "simd": _simd(),
         "cache": _cache(),
         "gpus": _gpus(),
@@ -48,6 +47,15 @@ def _version(*names: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     return "not installed"
+
+
+def _threads() -> str:
+    from fastbn.threads import get_num_threads
+
+    try:
+        return f"{get_num_threads()} (FASTBN_NUM_THREADS, fastbn.set_num_threads)"
+    except ValueError as error:  # what every large call raises: a bug report needs to show it
+        return f"none: {error}"
 
 
 # LLVM's names of the widest vector instructions, and their bits.

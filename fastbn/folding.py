@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
 from fastbn import checks
 from fastbn.statistics import Array, namespace_of
-
-FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 def fold_batch_norm(
@@ -54,9 +51,10 @@ def fold_batch_norm(
     Raises
     ------
     ValueError
-        For a vector that is not (C,), an axis out of range, a negative variance, or an eps that is not > 0.
+        For a vector that is not (C,), an axis out of range, a negative variance, an eps that is not > 0, or finite values whose
+        result weight's dtype cannot hold: float16 ends at 65504. NaN and infinities among the inputs stay in their channel.
     TypeError
-        For arrays that are not floating (weight) or not real (the rest), or a mix of NumPy and CuPy arrays.
+        For arrays that are not floating (weight) or not real (the rest), lists, masked arrays, or a mix of NumPy and CuPy arrays.
 
     Examples
     --------
@@ -67,11 +65,13 @@ def fold_batch_norm(
     ([[0.5, 0.5, 0.5], [2.0, 2.0, 2.0]], [-0.5, -4.0])
     """
     xp = namespace_of(weight)
-    if not isinstance(weight, xp.ndarray) or isinstance(weight, np.ma.MaskedArray):
-        raise TypeError(f"weight is a {type(weight).__name__}; it must be a NumPy or CuPy array: np.asarray(weight)")
-    if weight.dtype.name not in FLOATING:
-        raise TypeError(f"weight has dtype {weight.dtype}; it must be one of {', '.join(FLOATING)}: weight.astype('float32')")
-    axis = operator.index(axis)
+    weight = _array(xp, "weight", weight)
+    if weight.dtype.name not in checks.DTYPES:
+        advice = checks.cast_advice(weight.dtype, "weight")
+        raise TypeError(f"weight has dtype {weight.dtype}; allowed are {checks.ALLOWED}: {advice}")
+    if weight.ndim == 0:
+        raise ValueError("weight has shape (); it needs an axis of output channels: pass weight.reshape(1)")
+    axis = checks.whole(axis, "axis")
     if not -weight.ndim <= axis < weight.ndim:
         raise ValueError(f"axis is {axis}; weight of shape {weight.shape} has axes {-weight.ndim} to {weight.ndim - 1}")
     eps = checks.eps(eps)
@@ -87,19 +87,43 @@ def fold_batch_norm(
 
     along_axis = [1] * weight.ndim
     along_axis[axis] = channels
-    with np.errstate(invalid="ignore"):  # NaN and inf stay in their channel, silently
+    with np.errstate(all="ignore"):  # NaN and inf stay in their channel, silently
         scale = gamma / xp.sqrt(var + eps)
         folded = weight.astype(xp.float64) * scale.reshape(along_axis)
         shift = (bias - mean) * scale + beta
-    return folded.astype(weight.dtype), shift.astype(weight.dtype)
+        new_weight, new_bias = folded.astype(weight.dtype), shift.astype(weight.dtype)
+    # Given finite numbers, a result that is not finite has overflowed: in the cast, or in float64.
+    finite = xp.isfinite(gamma) & xp.isfinite(beta) & xp.isfinite(mean) & xp.isfinite(var) & xp.isfinite(bias)
+    _check_overflow(xp, "weight", folded, new_weight, finite.reshape(along_axis) & xp.isfinite(weight))
+    _check_overflow(xp, "bias", shift, new_bias, finite)
+    return new_weight, new_bias
+
+
+def _check_overflow(xp: Any, name: str, exact: Array, rounded: Array, finite: Array) -> None:
+    """ValueError where `rounded` is not finite, although what it was made of is."""
+    lost = finite & ~xp.isfinite(rounded)
+    if bool(lost.any()):
+        wider = {2: "pass weight.astype(np.float32)", 4: "pass weight.astype(np.float64)"}.get(rounded.dtype.itemsize)
+        raise ValueError(
+            f"the folded {name} has values as large as {float(abs(exact[lost]).max()):.3g}, which {rounded.dtype.name} cannot hold: "
+            f"{wider + ', or ' if wider else ''}look for channels of huge gamma or tiny var"
+        )
+
+
+def _array(xp: Any, name: str, a: Any) -> Array:
+    """An array of the namespace; of NumPy's subclasses, np.matrix among them, as a plain one."""
+    if xp is np:
+        return checks.array(a, name)
+    if not isinstance(a, xp.ndarray):
+        raise TypeError(f"{name} is a {type(a).__name__}, but weight is a {xp.__name__} array: pass {xp.__name__}.asarray({name})")
+    return a
 
 
 def _vector(xp: Any, name: str, values: Array, weight: Array, axis: int) -> Array:
     """`values` as float64 (C,) of weight's namespace, C being weight's length along `axis`."""
-    if not isinstance(values, xp.ndarray):
-        raise TypeError(f"{name} is a {type(values).__name__}, weight is a {xp.__name__} array; convert one of them")
-    if values.dtype.kind not in "fiu" and values.dtype.name not in FLOATING:
-        raise TypeError(f"{name} has dtype {values.dtype}; it must hold real numbers: {name}.astype('float32')")
+    values = _array(xp, name, values)
+    if values.dtype.kind not in "iu" and values.dtype.name not in checks.DTYPES:
+        raise TypeError(f"{name} has dtype {values.dtype}; it must hold real numbers: {checks.cast_advice(values.dtype, name)}")
     if values.shape != (weight.shape[axis],):
         raise ValueError(
             f"{name} has shape {values.shape}, but weight of shape {weight.shape} has {weight.shape[axis]} output "

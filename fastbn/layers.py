@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import operator
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fastbn import checks, functional
-from fastbn.conventions import FIELDS, VECTORS, get_convention, read_state, write_state
+from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, Convention, get_convention, read_state, recognise, write_state
 from fastbn.folding import fold_batch_norm
-from fastbn.statistics import Array, Moments, namespace_on
+from fastbn.statistics import Array, Moments, namespace_of, namespace_on, num_channels
 
 
 class BatchNorm:
@@ -86,17 +86,13 @@ class BatchNorm:
         dtype: Any = np.float32,
         device: str = "cpu",
     ) -> None:
-        self.num_features = operator.index(num_features)
-        if self.num_features < 0:
-            raise ValueError(f"num_features is {num_features}; it must be >= 0")
-        self.axis = operator.index(axis)
+        self.num_features = num_channels(num_features)
+        self.axis = checks.whole(axis, "axis")
         self.eps = checks.eps(eps)
         self.momentum = None if momentum is None else checks.momentum(momentum)
         checks.activation(activation)
         self.activation = activation
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"dtype is {self.dtype}; parameters and running statistics are float32 or float64")
+        self.dtype = _parameter_dtype(dtype)
         self.device = device
         self.unbiased = True
         self.convention = "torch"
@@ -129,7 +125,7 @@ class BatchNorm:
         >>> bn.eps, bn.momentum, bn.unbiased, list(bn.state_dict())
         (0.001, 0.01, False, ['gamma', 'beta', 'moving_mean', 'moving_variance'])
         """
-        defaults = get_convention(convention)
+        defaults = _convention(convention)
         unbiased = bool(overrides.pop("unbiased", defaults.unbiased))
         layer = cls(num_features, **{"eps": defaults.eps, "momentum": defaults.momentum, **overrides})
         layer.unbiased = unbiased
@@ -234,7 +230,7 @@ class BatchNorm:
         The names are those of `convention` ("torch", "keras", "flax", "chainer", "onnx"), by default the layer's own: "torch", or
         what `like` was given. The batch counter, which Keras, Flax and ONNX lack, is a 0-d int64 NumPy array.
         """
-        return write_state(self.convention if convention is None else convention, self._state())
+        return write_state(_convention(self.convention if convention is None else convention).name, self._state())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> str:
         """Read a checkpoint of any of the five conventions into the layer's arrays; returns the convention's name.
@@ -245,18 +241,57 @@ class BatchNorm:
         Raises
         ------
         ValueError, TypeError
-            For unknown, missing or surplus keys, wrong shapes, values that are not real numbers. Nothing is written.
+            For unknown, missing or surplus keys, wrong shapes, values that are not real numbers, finite ones that the layer's dtype
+            cannot hold, a negative variance, an array of the layer that is read-only. After any exception the layer is as before.
         """
-        state = self._state()
-        convention, values = read_state(state_dict, state, self.num_features)
-        counter = values.pop("num_batches_tracked", self.num_batches_tracked)
+        convention, values = read_state(state_dict, self._state(), self.num_features)
+        counter = self.num_batches_tracked
+        if "num_batches_tracked" in values:
+            # read_state has found it a whole number, as float64, which holds those up to 2**53.
+            counter = _whole_number(recognise(state_dict)[1]["num_batches_tracked"], convention)
+            del values["num_batches_tracked"]
         xp, on_device = namespace_on(self.device)
         with on_device:  # every cast before the first write: a cast can fail
-            cast = {field: xp.asarray(value.astype(self.dtype)) for field, value in values.items()}
-            for field, value in cast.items():
-                state[field][...] = value
-        self.num_batches_tracked = counter
+            self._overwrite({field: xp.asarray(self._cast(value, field, convention)) for field, value in values.items()}, counter)
         return convention.name
+
+    def _cast(self, value: Array, field: str, convention: Convention) -> Array:
+        """What a checkpoint holds, float64, in the layer's dtype; ValueError where that cannot be."""
+        key = convention.keys[FIELDS.index(field)]
+        if field == "running_var" and bool((value < 0).any()):
+            raise ValueError(f"{key} has negative values (smallest: {value.min()}); a variance is >= 0: is it the right checkpoint?")
+        with np.errstate(all="ignore"):
+            cast = value.astype(self.dtype)
+        lost = np.isfinite(value) & ~np.isfinite(cast)
+        if bool(lost.any()):
+            raise ValueError(
+                f"{key} has values as large as {abs(value[lost]).max():.3g}, which {self.dtype} cannot hold: "
+                "load it into a layer of dtype=np.float64"
+            )
+        return cast
+
+    def _overwrite(self, values: Mapping[str, Array], num_batches_tracked: int) -> None:
+        """Write into the layer's arrays of these names and set the counter: all of it, or on any exception nothing.
+
+        Raises
+        ------
+        ValueError
+            For an array of the layer that is read-only.
+        """
+        arrays = {field: getattr(self, field) for field in values}
+        for field, a in arrays.items():
+            if not getattr(a.flags, "writeable", True):  # CuPy knows no read-only arrays
+                raise ValueError(f"the layer's {field} is read-only, but is written in place; set bn.{field} = bn.{field}.copy()")
+        before, counter = {field: a.copy() for field, a in arrays.items()}, self.num_batches_tracked
+        try:
+            for field, a in arrays.items():
+                a[...] = values[field]
+            self.num_batches_tracked = num_batches_tracked
+        except BaseException:  # Ctrl-C among them
+            for field, a in arrays.items():
+                a[...] = before[field]
+            self.num_batches_tracked = counter
+            raise
 
     def fold(self, conv_weight: Array, conv_bias: Array | None = None, axis: int = 0) -> tuple[Array, Array]:
         """Weight and bias of one layer that does what the one before and this one in evaluation do together.
@@ -283,8 +318,9 @@ class BatchNorm:
         Raises
         ------
         ValueError, ImportError
-            For fewer than two values per channel in all, another number of channels, a layer without running statistics, or a
-            missing tqdm; nothing is written. A channel of non-finite statistics keeps its running values (RuntimeWarning).
+            For fewer than two values per channel in all, another number of channels, a layer without running statistics, read-only
+            ones, or a missing tqdm. After any exception the layer is as before. A channel of non-finite statistics keeps its running
+            values (RuntimeWarning).
 
         Examples
         --------
@@ -315,9 +351,9 @@ class BatchNorm:
             bad = f"{self.num_features - int(usable.sum())} of {self.num_features} channels"
             hint = f"have statistics that are not finite in {self.dtype} and keep their running values; look for NaN or inf"
             warnings.warn(f"{bad} {hint}", RuntimeWarning, stacklevel=2)
-        self.running_mean[usable] = mean[usable]
-        self.running_var[usable] = var[usable]
-        self.num_batches_tracked = count
+        xp = namespace_of(mean)
+        new_mean, new_var = xp.where(usable, mean, self.running_mean), xp.where(usable, var, self.running_var)
+        self._overwrite({"running_mean": new_mean, "running_var": new_var}, count)
         return self
 
     def _check_features(self, x: Array) -> None:
@@ -339,10 +375,48 @@ class BatchNorm:
         return {**self.__dict__, "ctx": None}
 
     def __repr__(self) -> str:
-        usual = {"unbiased": True, "activation": None, "dtype": np.dtype(np.float32), "device": "cpu"}
-        unusual = "".join(f", {k}={getattr(self, k)!s}" for k, v in usual.items() if getattr(self, k) != v)
-        return (
-            f"BatchNorm({self.num_features}, axis={self.axis}, eps={self.eps}, momentum={self.momentum}, "
-            f"scale={self.gamma is not None}, center={self.beta is not None}, "
-            f"track_running_stats={self.running_mean is not None}{unusual})"
-        )
+        """The expression that makes such a layer; parameters and statistics are in `state_dict`."""
+        arguments: dict[str, Any] = {
+            "axis": self.axis,
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "scale": self.gamma is not None,
+            "center": self.beta is not None,
+            "track_running_stats": self.running_mean is not None,
+        }
+        usual = {"activation": None, "dtype": "float32", "device": "cpu"}
+        unusual = {"activation": self.activation, "dtype": self.dtype.name, "device": self.device}
+        arguments |= {name: value for name, value in unusual.items() if value != usual[name]}
+        make = f"BatchNorm({self.num_features}"
+        if (self.convention, self.unbiased) != ("torch", True):  # which the constructor does not take
+            make = f"BatchNorm.like({self.convention!r}, {self.num_features}"
+            known = CONVENTIONS.get(self.convention)
+            if known is None or known.unbiased != self.unbiased:
+                arguments["unbiased"] = self.unbiased
+        return ", ".join([make, *(f"{name}={value!r}" for name, value in arguments.items())]) + ")"
+
+
+def _parameter_dtype(dtype: Any) -> np.dtype[Any]:
+    """float32 or float64, whatever NumPy takes for them."""
+    given = dtype
+    with suppress(TypeError, ValueError):  # where it is none at all
+        given = np.dtype(dtype)
+        for known in (np.dtype(np.float32), np.dtype(np.float64)):
+            if given == known:
+                return known
+    raise TypeError(f"dtype is {given!s}; parameters and running statistics are float32 or float64: pass np.float32 or np.float64")
+
+
+def _convention(name: Any) -> Convention:
+    """The convention of a name; TypeError for what is no name."""
+    if not isinstance(name, str):
+        raise TypeError(f"convention is {name!r} of type {type(name).__name__}; pass a name: {', '.join(map(repr, CONVENTIONS))}")
+    return get_convention(name)
+
+
+def _whole_number(value: Any, convention: Convention) -> int:
+    """A checkpoint's batch counter, known to be a whole number >= 0: array, tensor, sequence or int."""
+    counter = int(value.item() if hasattr(value, "item") else np.asarray(value).item())
+    if counter > np.iinfo(np.int64).max:
+        raise ValueError(f"{convention.keys[-1]} is {counter}; a batch counter is an int64, {np.iinfo(np.int64).max} at most")
+    return counter

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import checks
+
 Array = Any  # a NumPy or CuPy array; CuPy is optional and ships no types
 
 
@@ -56,7 +58,7 @@ class Moments:
     count : float
         Values per channel, or the total sample weight; the same for every channel. Finite, >= 0.
     mean, m2 : array_like, (C,)
-        Mean, and sum of (weighted) squared deviations from it. Stored as float64. Of an empty set both are 0.
+        Mean, and sum of (weighted) squared deviations from it, which is >= 0. Stored as float64. Of an empty set both are 0.
     mean_lo : array_like, (C,), optional
         What float64 cannot hold of the mean: the exact mean is nearer to ``mean + mean_lo``. It matters for float64
         data whose mean is many times its standard deviation. Zeros if left out.
@@ -64,9 +66,10 @@ class Moments:
     Raises
     ------
     ValueError
-        For a count that is negative or not finite, arrays that are not 1-D, or shapes that differ.
+        For a count that is negative or not finite, a negative m2 (in NumPy arrays: a GPU would have to be waited for), arrays that
+        are not 1-D, or shapes that differ.
     TypeError
-        For arrays that are not real numbers, or a mix of NumPy and CuPy arrays.
+        For a count that is no number, arrays that are not real numbers or are masked, or a mix of NumPy and CuPy arrays.
 
     Notes
     -----
@@ -102,9 +105,7 @@ class Moments:
     __array_ufunc__ = None  # `ndarray + Moments` is a TypeError, not an array of objects
 
     def __post_init__(self) -> None:
-        count = float(self.count)
-        if not 0 <= count < math.inf:
-            raise ValueError(f"count is {count}; it must be a finite number >= 0")
+        count = _count(self.count)
         xp = namespace_of(self.mean)
         mean = _channel_vector(xp, "mean", self.mean)
         arrays = {"count": count, "mean": mean, "m2": _channel_vector(xp, "m2", self.m2)}
@@ -113,13 +114,16 @@ class Moments:
         for name in ("m2", "mean_lo"):
             if arrays[name].shape != mean.shape:
                 raise ValueError(f"{name} has shape {arrays[name].shape}, mean has {mean.shape}; both must be (C,)")
+        if xp is np and bool((arrays["m2"] < 0).any()):
+            raise ValueError(f"m2 has negative values (smallest: {arrays['m2'].min()}); a sum of squares is >= 0")
         for name, value in arrays.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets the fields
 
     @classmethod
     def empty(cls, num_features: int) -> Moments:
         """Moments of no data in `num_features` channels: the neutral element of ``+``."""
-        return cls(0.0, np.zeros(num_features), np.zeros(num_features))
+        channels = num_channels(num_features)
+        return cls(0.0, np.zeros(channels), np.zeros(channels))
 
     def var(self, ddof: float = 0) -> Array:
         """Variance of every channel, ``m2 / (count - ddof)``.
@@ -149,7 +153,7 @@ class Moments:
         # From the heavier set, so that the correction, whose rounding is all that is lost, is the smaller one.
         a, b = (self, other) if self.count >= other.count else (other, self)
         if b.count == 0:
-            return a
+            return Moments(a.count, a.mean, a.m2, a.mean_lo)
         if namespace_of(other.mean) is not namespace_of(self.mean):
             raise TypeError("cannot merge Moments held in NumPy arrays with Moments held in CuPy arrays; convert one")
         count = a.count + b.count
@@ -162,7 +166,7 @@ class Moments:
 
     def __radd__(self, other: object) -> Moments:
         """``0 + self``, with which ``sum()`` begins."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+        return self + Moments.empty(len(self.mean)) if isinstance(other, int) and other == 0 else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
@@ -174,16 +178,41 @@ class Moments:
         return all(bool(xp.array_equal(p, q, equal_nan=True)) for p, q in pairs)
 
     def __repr__(self) -> str:
-        return f"Moments(count={self.count:.17g}, mean={self.mean!r}, m2={self.m2!r})"
+        low = f", mean_lo={self.mean_lo!r}" if bool((self.mean_lo != 0).any()) else ""
+        return f"Moments(count={self.count:.17g}, mean={self.mean!r}, m2={self.m2!r}{low})"
+
+
+def num_channels(num_features: Any) -> int:
+    """The length of a channel axis.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is not a whole number >= 0.
+    """
+    channels = checks.whole(num_features, "num_features")
+    if channels < 0:
+        raise ValueError(f"num_features is {channels}; it is the length of the channel axis and must be >= 0")
+    return channels
+
+
+def _count(value: Any) -> float:
+    """A finite number >= 0, or an array of no dimensions that holds one, as float."""
+    if isinstance(value, np.ndarray) or namespace_of(value) is not np:
+        value = value.item() if value.ndim == 0 else value
+    count = checks.number(value, "count", "finite and >= 0")
+    if not 0 <= count < math.inf:
+        raise ValueError(f"count is {count}; it must be finite and >= 0")
+    return count
 
 
 def _channel_vector(xp: Any, name: str, values: Array) -> Array:
     """`values` as a fresh float64 array (C,) of the namespace `xp`."""
     if hasattr(values, "__cuda_array_interface__") != (xp is not np):
         raise TypeError(f"{name} and mean must both be NumPy arrays or both be CuPy arrays; convert one")
-    array = xp.asarray(values)
+    array = xp.asarray(checks.array(values, name) if isinstance(values, np.ndarray) else values)
     if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name} has dtype {array.dtype}; it must hold real numbers")
+        raise TypeError(f"{name} has dtype {array.dtype}; it must hold real numbers: {checks.cast_advice(array.dtype, name)}")
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; it must be 1-D, (C,)")
     return array.astype(xp.float64, copy=True)

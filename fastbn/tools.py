@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks, cpu, dispatch, gpu_arrays, layout, memory
 from fastbn.dispatch import TABLE
 
 Array = NDArray[Any]
 
-# What the dtypes' kernels are called in messages, and the features that `warmup` knows.
-DTYPES = ("float32", "float64", "float16", "bfloat16")
+# The features that `warmup` knows.
 FEATURES = ("relu", "residual", "weights")
 
 
@@ -85,7 +86,7 @@ class Explanation:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanation:
+def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = None) -> Explanation:
     """Say what the functions would do with x: layout, kernels, threads, and whether x would be copied. Computes nothing.
 
     Parameters
@@ -95,8 +96,8 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
         order in memory than those of x.
     axis : int
         The channel axis.
-    sample_weight : bool
-        Whether there would be sample weights.
+    sample_weight : array or bool, optional
+        The weights that there would be, or whether there would be any.
 
     Returns
     -------
@@ -119,13 +120,14 @@ def explain(x: Array, axis: int = 1, *, sample_weight: bool = False) -> Explanat
     """
     gpu_arrays.refuse("x", x, "explain", "fastbn.kernels.cuda.plan.plan says what a GPU would run (docs/gpu.md)")
     x, dtype, axis = checks.x_and_axis(x, axis)
+    weighted = sample_weight if isinstance(sample_weight, (bool, np.bool_)) else checks.weights(sample_weight, x, axis) is not None
     if x.size == 0:
         nothing: dict[str, tuple[str, ...]] = {"training forward": (), "inference": (), "backward": ()}
         return Explanation(
             x.shape, dtype, axis, "empty", 0, x.shape[axis], 0, 1, "none", "none", 0, 0, nothing, 1, False, False, "x is empty"
         )
     as_read, reason = _as_read(x)
-    p = layout.plan(x.shape, as_read, axis, x.itemsize, bool(sample_weight))
+    p = layout.plan(x.shape, as_read, axis, x.itemsize, bool(weighted))
     frame = memory.Frame(x.shape, axis, dtype, x.itemsize, p)
     if not reason and p.copied:
         reason = _why_strides(x)
@@ -186,11 +188,11 @@ def _why_strides(x: Array) -> str:
 
 
 def warmup(
-    dtypes: Iterable[str] = ("float32",),
-    ndim: Iterable[int] = (4,),
-    axis: Iterable[int] = (1,),
+    dtypes: Iterable[DTypeLike] | DTypeLike = ("float32",),
+    ndim: Iterable[int] | int = (4,),
+    axis: Iterable[int] | int = (1,),
     *,
-    features: Iterable[str] = (),
+    features: Iterable[str] | str = (),
 ) -> int:
     """Compile now what calls with such arrays will need, so that the first of them does not wait.
 
@@ -200,13 +202,13 @@ def warmup(
 
     Parameters
     ----------
-    dtypes : iterable of str
-        Of x: "float32", "float64", "float16", "bfloat16".
-    ndim : iterable of int
+    dtypes : dtype, str, or iterable of them
+        Of x: "float32", "float64", "float16", "bfloat16", or what NumPy takes for them, such as ``np.float32``.
+    ndim : int or iterable of int
         2 for (N, C), 3 for (N, C, L), 4 for (N, C, H, W), and so on.
-    axis : iterable of int
+    axis : int or iterable of int
         1 for channels first, -1 for channels last.
-    features : iterable of str
+    features : str or iterable of str
         "relu", "residual", "weights": each combination of those listed is compiled, plain calls too.
 
     Returns
@@ -216,8 +218,8 @@ def warmup(
 
     Raises
     ------
-    ValueError
-        For an unknown dtype or feature, fewer than 2 dimensions, an axis out of range.
+    ValueError, TypeError
+        For an unknown dtype or feature, fewer than 2 dimensions, an axis out of range, numbers that are not whole.
 
     Examples
     --------
@@ -226,20 +228,18 @@ def warmup(
     >>> fastbn.warmup(ndim=[2])
     0
     """
-    dtypes = _several(dtypes)
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(map(repr, DTYPES))}")
+    names = [_dtype_name(dtype) for dtype in _several(dtypes)]
     features = _several(features)
     for feature in features:
         if feature not in FEATURES:
             raise ValueError(f"unknown feature {feature!r}; known are {', '.join(map(repr, FEATURES))}")
-    families = _families(tuple(ndim), tuple(axis))
+    ndims = [checks.whole(n, "ndim") for n in _several(ndim)]
+    families = _families(ndims, [checks.whole(a, "axis") for a in _several(axis)])
 
     from fastbn.kernels import variants
 
     before = len(variants._compiled)
-    for dtype in dtypes:
+    for dtype in names:
         for operation, present, frozen in _calls(features, dtype):
             for of, family, road in TABLE:
                 if of == operation and family in families and (road == "sweeps" or not frozen):
@@ -249,11 +249,25 @@ def warmup(
     return len(variants._compiled) - before
 
 
-def _several(names: Iterable[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(str(name) for name in names)
+def _several(given: Any) -> tuple[Any, ...]:
+    """What an iterable holds; whatever else was given, alone."""
+    if isinstance(given, (str, bytes, type, np.dtype)) or not isinstance(given, Iterable):
+        return (given,)
+    return tuple(given)
 
 
-def _families(ndims: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, ...]:
+def _dtype_name(dtype: Any) -> str:
+    """A name in `checks.DTYPES`: of itself, of a NumPy dtype, or of what NumPy makes one of."""
+    name = dtype
+    if dtype is not None and not (isinstance(dtype, str) and dtype in checks.DTYPES):  # None is float64 to NumPy
+        with suppress(TypeError):
+            name = np.dtype(dtype).name
+    if name not in checks.DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(map(repr, checks.DTYPES))}")
+    return str(name)
+
+
+def _families(ndims: Iterable[int], axes: Iterable[int]) -> tuple[str, ...]:
     """Families that contiguous arrays belong to: with axes behind the channel axis planes, and columns where these are short."""
     families = set()
     for ndim in ndims:

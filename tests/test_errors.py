@@ -113,6 +113,17 @@ DTYPE_WORDS = {
     "masked array": "(?i)masked",
 }
 
+ADVICE = {
+    "complex64": r"{0}\.real",
+    "object": r"convert it to numbers, {0}\.astype\(np\.float64\)$",
+    "structured": r"{0}\['a'\]",
+    "string": r"convert it to numbers, {0}\.astype\(np\.float64\)$",
+    "datetime": r"convert it to numbers, {0}\.astype\(np\.float64\)$",
+    "longdouble": r"cast with {0}\.astype\(np\.float64\)$",
+    "list": r"np\.asarray\({0}, dtype=np\.float32\)$",
+    "masked array": r"pass {0}\.data, which ignores the mask, or {0}\.filled\(value\)$",
+}
+
 # (id, call, function of the valid arguments that gives the changed ones, exception, words)
 CASES = []
 
@@ -125,23 +136,30 @@ for bad, make in BAD_DTYPES.items():
     if bad == "longdouble" and not HAS_LONGDOUBLE:
         continue  # there it is float64
     word = DTYPE_WORDS.get(bad, bad)
-    cast = r"astype|asarray|\.data"  # the message says what to do
+    advice = ADVICE.get(bad, r"{0}\.astype\(np\.float32\)$").format  # the message says what to do
+    masked = bad == "masked array"
     for call in ("forward", "inference", "moments"):
+        cast = r"pass x\.data, and the mask as sample_weight=~mask" if masked else advice("x")
         case(f"x is {bad}", call, lambda a, make=make: {"x": make(a.x)}, TypeError, word, cast)
-    case(f"dy is {bad}", "backward", lambda a, make=make: {"dy": make(a.dy)}, TypeError, word)
-    case(f"gamma is {bad}", "forward", lambda a, make=make: {"gamma": make(a.gamma)}, TypeError, word)
-    case(f"residual is {bad}", "forward", lambda a, make=make: {"residual": make(a.x)}, TypeError, word)
+    case(f"dy is {bad}", "backward", lambda a, make=make: {"dy": make(a.dy)}, TypeError, word, advice("dy"))
+    case(f"gamma is {bad}", "forward", lambda a, make=make: {"gamma": make(a.gamma)}, TypeError, word, advice("gamma"))
+    case(f"residual is {bad}", "forward", lambda a, make=make: {"residual": make(a.x)}, TypeError, word, advice("residual"))
     if bad != "bool":  # bool masks are what sample_weight is for
         if bad not in ("int64", "uint8", "longdouble"):  # any real numbers may be weights
-            case(f"sample_weight is {bad}", "forward", lambda a, make=make: {"sample_weight": make(np.ones(4))}, TypeError, word)
-        case(f"running_mean is {bad}", "forward", lambda a, make=make: {"running_mean": make(a.running_mean)}, TypeError, word)
+            cast = r"pass sample_weight\.filled\(0\)" if masked else advice("sample_weight")
+            case(f"sample_weight is {bad}", "forward", lambda a, make=make: {"sample_weight": make(np.ones(4))}, TypeError, word, cast)
+        cast = advice("running_mean")
+        case(f"running_mean is {bad}", "forward", lambda a, make=make: {"running_mean": make(a.running_mean)}, TypeError, word, cast)
+case("out is masked", "forward", lambda a: {"out": np.ma.masked_array(a.x.copy())}, TypeError, r"pass out\.data$")
 
 for call in ("forward", "inference", "moments"):
     case("x is 1-D", call, lambda a: {"x": np.ones(7, np.float32)}, ValueError, r"\(7,\)|1-D|1 dim")
     case("x is 0-D", call, lambda a: {"x": np.array(1, np.float32)}, ValueError, r"\(\)|0-D|0 dim")
     for axis in (4, -5, 100):
         case(f"axis {axis}", call, lambda a, axis=axis: {"axis": axis}, ValueError, str(axis), r"4|\(4, 3, 5, 6\)")
-    case("axis is a float", call, lambda a: {"axis": 1.5}, EITHER, "1.5|float")
+    case("axis is a float", call, lambda a: {"axis": 1.5}, TypeError, "1.5 of type float; pass a whole number")
+    case("axis is a bool", call, lambda a: {"axis": True}, TypeError, "True of type bool")
+    case("axis is an array", call, lambda a: {"axis": np.array([1])}, TypeError, "of type ndarray; pass a whole number")
     case("x of another device", call, lambda a: {"x": CudaArray(SHAPE)}, TypeError)
 
 for call, names in [
@@ -158,6 +176,8 @@ for call, names in [
         case(f"{name} of another device", call, lambda a, n=name: {n: CudaArray((3,))}, TypeError, name)
     for eps in (0, -1e-5, float("nan"), float("-inf")):
         case(f"eps {eps}", call, lambda a, eps=eps: {"eps": eps}, ValueError, "eps", re.escape(str(eps)))
+    case("eps beyond float64", call, lambda a: {"eps": 10**400}, ValueError, "eps is beyond .* float64", "greater than 0")
+    case("eps too long to print", call, lambda a: {"eps": -(10**5000)}, ValueError, "eps is beyond .* float64", "greater than 0")
     case("eps is text", call, lambda a: {"eps": "small"}, EITHER, "eps")
     case("unknown activation", call, lambda a: {"activation": "gelu"}, ValueError, "gelu", "relu")
     case("activation is a function", call, lambda a: {"activation": np.tanh}, EITHER, "activation")
@@ -249,6 +269,7 @@ for name in ("running_mean", "running_var"):
     case(f"{name} has zero strides", "forward", lambda a, n=name: {n: zero_strides(getattr(a, n))}, ValueError, name)
 for momentum in (-0.1, 1.1, float("nan"), float("inf")):
     case(f"momentum {momentum}", "forward", lambda a, m=momentum: {"momentum": m}, ValueError, "momentum", re.escape(str(momentum)))
+case("momentum beyond float64", "forward", lambda a: {"momentum": 10**400}, ValueError, "momentum is beyond .* float64", r"in \[0, 1\]")
 case("momentum is text", "forward", lambda a: {"momentum": "slow"}, EITHER, "momentum")
 
 for call in ("forward", "moments"):

@@ -102,6 +102,32 @@ def test_non_finite_statistics_stay_in_their_channel():
     np.testing.assert_allclose([*weight[2], bias[2]], [0.5, 0.5, -1.0], rtol=1e-12)  # eps/var
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_matrices_are_plain_arrays(statistics):
+    weight, bias = np.random.default_rng(7).normal(size=(4, 4)), np.ones(4)
+    folded = fold_batch_norm(np.asmatrix(weight), bias, *statistics)
+    for actual, wanted in zip(folded, fold_batch_norm(weight, bias, *statistics), strict=True):
+        assert type(actual) is np.ndarray
+        np.testing.assert_array_equal(actual, wanted)
+    with pytest.raises(ValueError, match=r"bias has shape \(1, 4\)"):
+        fold_batch_norm(weight, np.asmatrix(bias), *statistics)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(np.float16, 65504.0), (np.float32, 3e38), (np.float64, 1.5e308)])
+def test_what_the_dtype_cannot_hold_is_an_error(dtype, largest):
+    weight = np.array([[1.0, -1.0], [largest, 1.0]], dtype)
+    ones, scale = np.ones(2), np.array([1.0, 2.0])
+    with pytest.raises(ValueError, match=f"folded weight has values as large as .* which {np.dtype(dtype).name} cannot hold"):
+        fold_batch_norm(weight, None, scale, None, ones, ones)
+    with pytest.raises(ValueError, match=f"folded bias has values as large as .* which {np.dtype(dtype).name} cannot hold"):
+        fold_batch_norm(np.ones((2, 2), dtype), np.array([0.0, largest]), scale, None, ones, ones)
+    # What was infinite before has not overflowed.
+    weight[1] = np.inf, 1.0
+    folded, _ = fold_batch_norm(weight, None, scale, None, ones, ones)
+    assert np.isposinf(folded[1, 0])
+    assert np.isfinite([*folded[0], folded[1, 1]]).all()
+
+
 ONE, GOOD = np.ones(2), np.ones((2, 3), np.float32)
 
 
@@ -109,13 +135,20 @@ ONE, GOOD = np.ones(2), np.ones((2, 3), np.float32)
     ("weight", "bias", "gamma", "beta", "mean", "var", "options", "error", "message"),
     [
         (GOOD.tolist(), None, ONE, ONE, ONE, ONE, {}, TypeError, "weight is a list"),
-        (np.ma.array(GOOD), None, ONE, ONE, ONE, ONE, {}, TypeError, "MaskedArray"),
-        (GOOD.astype(int), None, ONE, ONE, ONE, ONE, {}, TypeError, r"dtype int64.*astype\('float32'\)"),
-        (GOOD.astype(complex), None, ONE, ONE, ONE, ONE, {}, TypeError, "dtype complex128"),
-        (GOOD.astype(np.longdouble), None, ONE, ONE, ONE, ONE, {}, TypeError, "weight has dtype"),
+        (np.ma.array(GOOD), None, ONE, ONE, ONE, ONE, {}, TypeError, r"weight is a masked array.*weight\.data"),
+        (None, None, ONE, ONE, ONE, ONE, {}, TypeError, "weight is None"),
+        (np.array(1.0), None, ONE, ONE, ONE, ONE, {}, ValueError, r"weight has shape \(\)"),
+        (GOOD, np.ma.array(ONE), ONE, ONE, ONE, ONE, {}, TypeError, r"bias is a masked array.*bias\.data"),
+        (GOOD, None, ONE.astype(np.longdouble), ONE, ONE, ONE, {}, TypeError, r"gamma has dtype .*gamma\.astype\(np\.float64\)"),
+        (GOOD, None, ONE, ONE, ONE, ONE, {"axis": 0.0}, TypeError, "axis is 0.0 of type float; pass a whole number"),
+        (GOOD, None, ONE, ONE, ONE, ONE, {"axis": False}, TypeError, "axis is False of type bool"),
+        (GOOD, None, ONE, ONE, ONE, ONE, {"eps": 10**400}, ValueError, "eps is beyond"),
+        (GOOD.astype(int), None, ONE, ONE, ONE, ONE, {}, TypeError, r"dtype int64.*weight\.astype\(np\.float32\)"),
+        (GOOD.astype(complex), None, ONE, ONE, ONE, ONE, {}, TypeError, r"dtype complex128.*weight\.real"),
+        (GOOD.astype(np.longdouble), None, ONE, ONE, ONE, ONE, {}, TypeError, r"weight has dtype .*astype\(np\.float64\)"),
         (GOOD, [0, 0], ONE, ONE, ONE, ONE, {}, TypeError, "bias is a list"),
-        (GOOD, None, ONE.astype(complex), ONE, ONE, ONE, {}, TypeError, "gamma has dtype complex128"),
-        (GOOD, None, ONE, ONE, None, ONE, {}, TypeError, "mean is a NoneType"),
+        (GOOD, None, ONE.astype(complex), ONE, ONE, ONE, {}, TypeError, r"gamma has dtype complex128.*gamma\.real"),
+        (GOOD, None, ONE, ONE, None, ONE, {}, TypeError, "mean is None; fastbn takes NumPy arrays"),
         (GOOD, None, ONE, ONE, ONE, np.ones(3), {}, ValueError, r"var has shape \(3,\).*\(2, 3\) has 2 output"),
         (GOOD, None, ONE, ONE, ONE, ONE, {"axis": 1}, ValueError, r"has 3 output channels along axis 1"),
         (GOOD, np.ones((2, 1)), ONE, ONE, ONE, ONE, {}, ValueError, r"bias has shape \(2, 1\)"),
@@ -123,7 +156,7 @@ ONE, GOOD = np.ones(2), np.ones((2, 3), np.float32)
         (GOOD, None, ONE, ONE, ONE, np.array([1, -0.5]), {}, ValueError, "negative values .smallest: -0.5"),
         (GOOD, None, ONE, ONE, ONE, ONE, {"axis": 2}, ValueError, "axis is 2; .* has axes -2 to 1"),
         (GOOD, None, ONE, ONE, ONE, ONE, {"axis": -3}, ValueError, "axis is -3"),
-        (np.float32(1), None, ONE, ONE, ONE, ONE, {}, TypeError, "weight is a float32"),
+        (np.float32(1), None, ONE, ONE, ONE, ONE, {}, TypeError, "weight is a numpy.float32"),
         (GOOD, None, ONE, ONE, ONE, ONE, {"eps": 0}, ValueError, "eps is 0"),
         (GOOD, None, ONE, ONE, ONE, ONE, {"eps": -1e-5}, ValueError, "eps is -1e-05"),
         (GOOD, None, ONE, ONE, ONE, ONE, {"eps": math.nan}, ValueError, "eps is nan"),

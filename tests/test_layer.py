@@ -235,8 +235,14 @@ def test_a_refused_gradient_leaves_the_gradients_as_they_were():
     ("options", "error", "message"),
     [
         ({"num_features": -1}, ValueError, "num_features is -1"),
-        ({"num_features": 3.0}, TypeError, "float"),
-        ({"axis": 1.5}, TypeError, "float"),
+        ({"num_features": 3.0}, TypeError, "num_features is 3.0 of type float; pass a whole number"),
+        ({"num_features": True}, TypeError, "num_features is True of type bool; pass a whole number"),
+        ({"num_features": None}, TypeError, "num_features is None of type NoneType; pass a whole number"),
+        ({"axis": 1.5}, TypeError, "axis is 1.5 of type float; pass a whole number"),
+        ({"axis": True}, TypeError, "axis is True of type bool; pass a whole number"),
+        ({"axis": np.array([1, 2])}, TypeError, "axis is array.* of type ndarray; pass a whole number"),
+        ({"eps": 10**400}, ValueError, "eps is beyond the range of float64"),
+        ({"momentum": 10**400}, ValueError, "momentum is beyond the range of float64"),
         ({"eps": 0.0}, ValueError, "eps is 0.0"),
         ({"eps": float("nan")}, ValueError, "eps is nan"),
         ({"momentum": 1.5}, ValueError, "momentum is 1.5"),
@@ -246,6 +252,8 @@ def test_a_refused_gradient_leaves_the_gradients_as_they_were():
         ({"activation": "gelu"}, ValueError, "'gelu'; allowed are None and 'relu'"),
         ({"dtype": np.float16}, TypeError, "dtype is float16"),
         ({"dtype": int}, TypeError, "dtype is int"),
+        ({"dtype": "foo"}, TypeError, "dtype is foo; .* float32 or float64: pass np.float32"),
+        ({"dtype": 3}, TypeError, "dtype is 3; .* float32 or float64: pass np.float32"),
         ({"device": "tpu"}, ValueError, "'tpu'; it must be 'cpu', 'cuda' or 'cuda:N'"),
     ],
 )
@@ -266,6 +274,32 @@ def test_repr():
         "BatchNorm(64, axis=1, eps=1e-05, momentum=0.1, scale=True, center=True, track_running_stats=True)"
     )
     assert repr(BatchNorm.like("onnx", 2, activation="relu", dtype=np.float64, scale=False, momentum=None)) == (
-        "BatchNorm(2, axis=1, eps=1e-05, momentum=None, scale=False, center=True, track_running_stats=True, "
-        "unbiased=False, activation=relu, dtype=float64)"
+        "BatchNorm.like('onnx', 2, axis=1, eps=1e-05, momentum=None, scale=False, center=True, track_running_stats=True, "
+        "activation='relu', dtype='float64')"
     )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BatchNorm(3, axis=np.int64(-1), eps=np.float32(0.1), momentum=None, activation="relu", dtype="f8", center=False),
+        lambda: BatchNorm.like("keras", 3, track_running_stats=False),
+        lambda: BatchNorm.like("keras", 3, unbiased=True),
+        lambda: BatchNorm.like("torch", 3, unbiased=False),
+    ],
+)
+def test_repr_can_be_typed(make):
+    bn = make()
+    again = eval(repr(bn), {"BatchNorm": BatchNorm})
+    for a, b in ((bn, again), (again, bn)):
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(getattr(b, name), value, err_msg=name)
+
+
+@pytest.mark.parametrize("name", [["keras"], None, 3])
+def test_a_convention_is_a_name(name):
+    with pytest.raises(TypeError, match=r"convention is .* pass a name: 'torch', 'keras'"):
+        BatchNorm.like(name, 3)
+    if name is not None:
+        with pytest.raises(TypeError, match=r"convention is .* pass a name: 'torch', 'keras'"):
+            BatchNorm(3).state_dict(name)

@@ -44,6 +44,10 @@ def test_checkpoints_of_another_precision_are_cast():
         ({"running_var": None}, r"missing \['running_var'\]"),
         ({"weigth": np.ones(3)}, "known are|Known are"),
         ({"weight": None}, r"missing \['weight'\]"),
+        ({"bias": np.array([0.0, 1e39, 0.0])}, r"bias has values as large as 1e\+39, which float32 cannot hold"),
+        ({"running_var": np.array([1.0, -1e-9, 1.0])}, r"running_var has negative values \(smallest: -1e-09\)"),
+        ({"num_batches_tracked": 2**63}, "num_batches_tracked is 9223372036854775808; .* 9223372036854775807 at most"),
+        ({"num_batches_tracked": np.array(np.inf)}, "num_batches_tracked is inf"),
     ],
 )
 def test_a_refused_checkpoint_leaves_the_layer_as_it_was(change, message):
@@ -55,6 +59,64 @@ def test_a_refused_checkpoint_leaves_the_layer_as_it_was(change, message):
     assert snapshot(bn) == before
     with pytest.raises(ValueError, match="'caffe'"):
         bn.state_dict("caffe")
+
+
+def test_keras_names_in_the_errors():
+    with pytest.raises(ValueError, match="moving_variance has negative values"):
+        BatchNorm(1).load_state_dict({"gamma": [1.0], "beta": [0.0], "moving_mean": [0.0], "moving_variance": [-1.0]})
+
+
+def test_infinities_and_nan_of_a_checkpoint_are_loaded():
+    bn, state = BatchNorm(3), trained().state_dict()
+    state["running_var"][...] = np.inf, np.nan, 1.0
+    bn.load_state_dict(state)
+    np.testing.assert_array_equal(bn.running_var, state["running_var"])
+
+
+@pytest.mark.parametrize("kind", [int, np.uint64, np.array, lambda n: [n]], ids=["int", "uint64", "0-d array", "list"])
+def test_the_counter_is_exact(kind):
+    bn, state = BatchNorm(3), BatchNorm(3).state_dict()
+    bn.load_state_dict({**state, "num_batches_tracked": kind(2**53 + 1)})
+    assert bn.num_batches_tracked == bn.state_dict()["num_batches_tracked"] == 2**53 + 1
+    assert type(bn.num_batches_tracked) is int
+
+
+class Interrupted(np.ndarray):
+    """An array that Ctrl-C strikes as soon as it has been written, once."""
+
+    struck = False
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        if not self.struck:
+            self.struck = True
+            raise KeyboardInterrupt
+
+
+WRITERS = {
+    "load_state_dict": lambda bn: bn.load_state_dict(BatchNorm(3).state_dict()),
+    "recalibrate": lambda bn: bn.recalibrate([batch(7)]),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("field", ["gamma", "beta", "running_mean", "running_var"])
+def test_a_layer_is_written_whole_or_not_at_all(writer, field):
+    bn = trained()
+    before, array = snapshot(bn), getattr(bn, field)
+    if writer == "recalibrate" and field in ("gamma", "beta"):
+        pytest.skip("recalibrate writes running statistics alone")
+    array.flags.writeable = False
+    with pytest.raises(ValueError, match=rf"the layer's {field} is read-only.* set bn\.{field} = bn\.{field}\.copy\(\)"):
+        WRITERS[writer](bn)
+    assert snapshot(bn) == before
+    array.flags.writeable = True
+    setattr(bn, field, array.view(Interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        WRITERS[writer](bn)
+    assert snapshot(bn) == before
+    WRITERS[writer](bn)
+    assert snapshot(bn) != before
 
 
 def test_pytorch_agrees_and_exchanges_checkpoints():

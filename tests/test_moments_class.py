@@ -83,6 +83,34 @@ def test_empty_is_neutral():
     assert Moments.empty(0).mean.shape == (0,)
 
 
+def test_a_sum_is_a_new_object():
+    m, empty = Moments(2, [1.0], [2.0], [1e-20]), Moments.empty(1)
+    for total in (empty + m, m + empty, 0 + m, sum([m])):
+        assert total == m
+        assert total is not m
+        assert not any(np.shares_memory(getattr(total, name), getattr(m, name)) for name in ("mean", "m2", "mean_lo"))
+    assert empty + empty is not empty
+
+
+@pytest.mark.parametrize("count", [3, 3.0, np.float32(3), np.int8(3), Fraction(3), np.array(3.0), np.array(3)])
+def test_any_real_number_is_a_count(count):
+    assert type(Moments(count, [0.0], [0.0]).count) is float
+
+
+@pytest.mark.parametrize(
+    ("channels", "error", "message"),
+    [
+        (-1, ValueError, "num_features is -1; .* must be >= 0"),
+        (2.0, TypeError, "num_features is 2.0 of type float; pass a whole number"),
+        (True, TypeError, "num_features is True of type bool"),
+        ((2, 3), TypeError, r"num_features is \(2, 3\) of type tuple"),
+    ],
+)
+def test_empty_refuses(channels, error, message):
+    with pytest.raises(error, match=message):
+        Moments.empty(channels)
+
+
 def test_too_few_values_have_no_variance_and_no_warning():
     one = Moments(1, [3.0], [0.0])
     assert one.var().tolist() == [0.0]
@@ -133,6 +161,7 @@ def test_equality_pickle_copy_repr():
     ]
     assert all(m != other for other in others)
     assert repr(Moments(3, [1.0], [2.0])) == "Moments(count=3, mean=array([1.]), m2=array([2.]))"
+    assert repr(m) == "Moments(count=3, mean=array([ 1., nan]), m2=array([ 2., nan]), mean_lo=array([1.e-20, 0.e+00]))"
     with pytest.raises(TypeError, match="unhashable"):
         hash(m)
 
@@ -147,6 +176,14 @@ def test_fields_are_frozen():
     [
         ((-1, [0.0], [0.0]), ValueError, "count is -1.0"),
         ((math.nan, [0.0], [0.0]), ValueError, "count is nan"),
+        ((10**400, [0.0], [0.0]), ValueError, "count is beyond the range of float64"),
+        ((None, [0.0], [0.0]), TypeError, "count is None of type NoneType; pass a real number"),
+        (("3", [0.0], [0.0]), TypeError, "count is '3' of type str"),
+        ((True, [0.0], [0.0]), TypeError, "count is True of type bool"),
+        (([3.0], [0.0], [0.0]), TypeError, "count is .* of type list"),
+        ((np.array([3.0]), [0.0], [0.0]), TypeError, "count is array"),
+        ((2, [0.0, 0.0], [1.0, -1e-30]), ValueError, "m2 has negative values .smallest: -1e-30"),
+        ((2, np.ma.array([0.0]), [0.0]), TypeError, "mean is a masked array"),
         ((math.inf, [0.0], [0.0]), ValueError, "count is inf"),
         ((1, [[0.0]], [[0.0]]), ValueError, r"mean has shape \(1, 1\)"),
         ((1, 0.0, 0.0), ValueError, r"mean has shape \(\)"),

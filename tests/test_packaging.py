@@ -1,5 +1,6 @@
 """What is installed: a wheel that holds the kernels as fastbn.kernels, and an import that loads neither Numba nor CuPy."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -31,7 +32,16 @@ def test_unknown_names_are_attribute_errors():
 
     with pytest.raises(AttributeError, match="batch_morn"):
         fastbn.batch_morn  # noqa: B018
-    assert set(fastbn.__all__) <= set(dir(fastbn))
+    assert dir(fastbn) == sorted([*fastbn.__all__, "__version__"])
+
+
+def test_type_checkers_see_the_names_that_load():
+    import fastbn
+
+    tree = ast.parse((ROOT / "fastbn" / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {name.asname: f"fastbn.{fastbn._HOME[name.asname]}" == line.module for line in checked.body for name in line.names}
+    assert seen == dict.fromkeys(fastbn.__all__, True)
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,14 @@ def test_weights_are_considered():
     assert fastbn.explain(x, sample_weight=True).fold == 1
 
 
+    for given, fold in ((np.ones(90), 1), (np.ones((90, 5, 5), bool), 1), (np.True_, 1), (False, 3), (None, 3)):
+        assert (fastbn.explain(x, sample_weight=given).fold > 1) == (fold > 1)
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(5,\)"):
+        fastbn.explain(x, sample_weight=np.ones(5))
+    with pytest.raises(TypeError, match="sample_weight is a list"):
+        fastbn.explain(x, sample_weight=[1.0] * 90)
+
+
 def test_threads_and_streaming():
     small, large = np.zeros((64, 128), np.float32), np.zeros((64, 64, 56, 56), np.float32)
     before = fastbn.get_num_threads()
@@ -190,6 +198,12 @@ def test_show_config_tells_the_cache(tmp_path):
     assert f"{tmp_path}, 0 kernels" in in_a_process(show, FASTBN_CACHE_DIR=str(tmp_path))
     assert "off: FASTBN_CACHE=0" in in_a_process(show, FASTBN_CACHE="0")
     assert "threads     1 (" in in_a_process(show, FASTBN_NUM_THREADS="1")
+
+
+def test_show_config_tells_what_is_wrong_with_the_threads():
+    printed = in_a_process("import fastbn; fastbn.show_config()", FASTBN_NUM_THREADS="many")
+    assert "threads     none: FASTBN_NUM_THREADS is 'many'; set it to a whole number" in printed
+    assert "gpus" in printed
 
 
 def test_a_broken_gpu_library_is_told_not_raised(monkeypatch):
@@ -276,23 +290,37 @@ def test_a_later_process_loads_from_the_cache(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"dtypes": ["int32"]}, "unknown dtype 'int32'; known are 'float32'"),
-        ({"features": ["gelu"]}, "unknown feature 'gelu'; known are 'relu'"),
-        ({"ndim": [1]}, "ndim is 1"),
-        ({"axis": [4]}, "axis 4 is out of range for 4 dimensions"),
+        ({"dtypes": ["int32"]}, ValueError, "unknown dtype 'int32'; known are 'float32'"),
+        ({"dtypes": np.int32}, ValueError, "unknown dtype <class 'numpy.int32'>; known are 'float32'"),
+        ({"dtypes": None}, ValueError, "unknown dtype None; known are 'float32'"),
+        ({"dtypes": 3}, ValueError, "unknown dtype 3; known are 'float32'"),
+        ({"features": ["gelu"]}, ValueError, "unknown feature 'gelu'; known are 'relu'"),
+        ({"features": "gelu"}, ValueError, "unknown feature 'gelu'"),
+        ({"ndim": [1]}, ValueError, "ndim is 1"),
+        ({"ndim": 1}, ValueError, "ndim is 1"),
+        ({"ndim": 2.0}, TypeError, "ndim is 2.0 of type float; pass a whole number"),
+        ({"axis": [4]}, ValueError, "axis 4 is out of range for 4 dimensions"),
+        ({"axis": 4}, ValueError, "axis 4 is out of range for 4 dimensions"),
+        ({"axis": [True]}, TypeError, "axis is True of type bool"),
     ],
-    ids=["dtype", "feature", "ndim", "axis"],
 )
-def test_warmup_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_warmup_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
         fastbn.warmup(**arguments)
 
 
-def test_one_name_is_taken_for_a_list_of_one():
-    with pytest.raises(ValueError, match="unknown feature 'gelu'"):
-        fastbn.warmup(features="gelu")
+@pytest.mark.parametrize("dtypes", ["float32", np.float32, np.dtype("f4"), "f4", ["float32"], [np.float32], (np.dtype(">f4"),)])
+def test_one_of_each_is_taken_for_a_list_of_one(dtypes, monkeypatch):
+    wanted = set()
+    monkeypatch.setattr(dispatch, "program", lambda *call: wanted.add(call))
+    monkeypatch.setattr(dispatch, "step", lambda *call: wanted.add(call))
+    fastbn.warmup(["float32"], [2], [1], features=["relu"])
+    expected = set(wanted)
+    wanted.clear()
+    fastbn.warmup(dtypes, 2, 1, features="relu")
+    assert wanted == expected
 
 
 def test_numbers_that_stand_twice():
