@@ -68,11 +68,8 @@ class Frame:
     @cached_property
     def fresh_strides(self) -> tuple[int, int]:
         """(row stride, channel stride) of what `empty` makes."""
-        strides, step = [0] * len(self.shape), self.itemsize
-        for a in reversed(self.plan.order):
-            strides[a] = step
-            step *= self.shape[a]
-        found = layout.tensor_strides(self.plan, self.axis, self.shape, tuple(strides), self.itemsize)
+        strides = layout.dense_strides(self.plan.order, self.shape, self.itemsize)
+        found = layout.tensor_strides(self.plan, self.axis, self.shape, strides, self.itemsize)
         assert found is not None
         return found
 
