@@ -282,6 +282,14 @@ def one_value_per_channel(shape: tuple[int, ...], axis: int) -> ValueError:
     )
 
 
+def too_few_weights(positive: int, x: Array, axis: int) -> ValueError:
+    """The error of training with so many positive weights, to be raised."""
+    return ValueError(
+        f"sample_weight leaves {positive} of {x.size // x.shape[axis]} positions per channel of x with shape {x.shape} on axis "
+        f"{axis}; at least 2 must have a weight above 0"
+    )
+
+
 def whole(value: Any, name: str) -> int:
     """A whole number as int.
 

@@ -121,7 +121,7 @@ def batch_norm_forward(
         read = (("x", x), ("gamma", gamma_), ("beta", beta_), ("residual", residual), ("sample_weight", weight))
         checks.apart(mean, var, read)
     if not training and mean is None:
-        raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
+        raise checks.no_running_statistics()
 
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     if x.size == 0:
@@ -133,13 +133,11 @@ def batch_norm_forward(
     effective = count
     if training:
         if weights is not None:
-            _check_weights(weights, x, axis)
+            if weights.positive < 2:
+                raise checks.too_few_weights(weights.positive, x, axis)
             count, effective = weights.total, weights.effective
         elif count == 1:
-            raise ValueError(
-                f"x has shape {x.shape} with one value per channel on axis {axis}: its variance is 0 and says nothing; "
-                "train with more values, or pass training=False"
-            )
+            raise checks.one_value_per_channel(x.shape, axis)
     else:
         assert mean is not None
         assert var is not None
@@ -162,14 +160,6 @@ def batch_norm_forward(
     if training and mean is not None and var is not None:
         running.update(table, mean, var, momentum, running.correction(effective) if unbiased else 1.0)
     return y if out is None else out, ctx
-
-
-def _check_weights(weights: memory.Weights, x: Array, axis: int) -> None:
-    if weights.positive < 2:
-        raise ValueError(
-            f"sample_weight leaves {weights.positive} of {x.size // x.shape[axis]} positions per channel of x with shape {x.shape} on axis "
-            f"{axis}; at least 2 must have a weight above 0"
-        )
 
 
 def _forward_of_nothing(

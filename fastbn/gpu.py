@@ -85,13 +85,10 @@ def _forward_plan(facts: Facts, axis: int, training: bool) -> Plan:
     s.weight(axis)
     s.output()
     if not training and "running_mean" not in s.of:
-        raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
+        raise checks.no_running_statistics()
     count = prod(s.shape) // s.shape[axis] if s.shape[axis] else 0
     if training and count == 1:
-        raise ValueError(
-            f"x has shape {s.shape} with one value per channel on axis {axis}: its variance is 0 and says nothing; "
-            "train with more values, or pass training=False"
-        )
+        raise checks.one_value_per_channel(s.shape, axis)
     return _plan(s, axis, dtype, None, parameters, statistics)
 
 
