@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, gpu_arrays, memory, running
+from fastbn import checks, cpu, gpu_arrays, memory, running, scalars
 from fastbn.context import Context
 from fastbn.kernels import rows
 from fastbn.statistics import Moments
@@ -96,7 +96,7 @@ def batch_norm_forward_apply(
     x, dtype, axis = checks.x_and_axis(x, axis)
     gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
     mean, var = checks.running(running_mean, running_var, x, axis, True)
-    eps, momentum, relu = checks.eps(eps), checks.momentum(momentum), checks.activation(activation)
+    eps, momentum, relu = scalars.eps(eps), scalars.momentum(momentum), scalars.activation(activation)
     if residual is not None:
         residual = checks.like(residual, "residual", x)
     weight = checks.weights(sample_weight, x, axis)
@@ -105,7 +105,7 @@ def batch_norm_forward_apply(
         named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
         written = checks.output(out, x, None, (*named, ("sample_weight", weight)))
     _check_moments(moments, x, axis)
-    n = moments.count if effective_count is None else checks.number(effective_count, "effective_count")
+    n = moments.count if effective_count is None else scalars.number(effective_count, "effective_count")
 
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     state = None
@@ -256,7 +256,7 @@ def batch_norm_backward_apply(
     sums = checks.vector(sum_dy, "sum_dy", x, ctx.axis), checks.vector(sum_dy_xmu, "sum_dy_xmu", x, ctx.axis)
     if sums[0] is None or sums[1] is None:
         raise TypeError("sum_dy and sum_dy_xmu must be arrays of shape (C,), from batch_norm_backward_reduce")
-    n = ctx.count if count is None else checks.number(count, "count")
+    n = ctx.count if count is None else scalars.number(count, "count")
     if x.size and not 0.0 < n < np.inf:
         raise ValueError(f"count is {n}; it must be the whole batch's: values per channel, or the sum of the weights")
     written = None

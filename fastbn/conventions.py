@@ -48,8 +48,8 @@ def get_convention(name: str) -> Convention:
 
     Raises
     ------
-    ValueError
-        For any other name; the message lists the known ones.
+    TypeError, ValueError
+        For what is no name; for any other name. The message lists the known ones.
 
     Examples
     --------
@@ -57,6 +57,8 @@ def get_convention(name: str) -> Convention:
     >>> get_convention("keras").eps
     0.001
     """
+    if not isinstance(name, str):
+        raise TypeError(f"convention is {name!r} of type {type(name).__name__}; pass a name: {', '.join(map(repr, CONVENTIONS))}")
     if name not in CONVENTIONS:
         raise ValueError(f"unknown convention {name!r}; known are {', '.join(map(repr, CONVENTIONS))}")
     return CONVENTIONS[name]
@@ -136,7 +138,9 @@ def recognise(state_dict: Mapping[str, Any]) -> tuple[Convention, dict[str, Any]
     raise ValueError(f"the keys {sorted(values)} belong to no known convention. Known are {known}")
 
 
-def read_state(state_dict: Mapping[str, Any], fields: Collection[str], num_features: int) -> tuple[Convention, dict[str, Any]]:
+def read_state(
+    state_dict: Mapping[str, Any], fields: Collection[str], num_features: int, dtype: Any = np.float64
+) -> tuple[Convention, dict[str, Any]]:
     """Recognise `state_dict`, check all of it against a layer's state, and convert it.
 
     Parameters
@@ -147,17 +151,20 @@ def read_state(state_dict: Mapping[str, Any], fields: Collection[str], num_featu
         What the layer holds, out of `FIELDS`. Only the counter may be missing in `state_dict`.
     num_features : int
         C, the length of every array.
+    dtype : dtype
+        Of the arrays returned.
 
     Returns
     -------
     convention : Convention
     state : dict
-        float64 NumPy arrays (C,) by the names in `VECTORS`; the counter, if there is one, an int.
+        NumPy arrays (C,) by the names in `VECTORS`; the counter, if there is one, an int.
 
     Raises
     ------
     ValueError
-        For unknown, missing or surplus keys, wrong shapes, or a counter that is not a whole number >= 0.
+        For unknown, missing or surplus keys, wrong shapes, finite values that `dtype` cannot hold, a negative variance, or a counter that
+        is not a whole number >= 0.
     TypeError
         For keys that are not strings or values that are not real numbers.
     """
@@ -170,16 +177,41 @@ def read_state(state_dict: Mapping[str, Any], fields: Collection[str], num_featu
             f"the {convention.name} state dict does not fit the layer, which holds {', '.join(fields) or 'nothing'}: "
             f"missing {missing}, surplus {surplus}. scale, center and track_running_stats decide what a layer holds"
         )
-    state: dict[str, Any] = {field: _to_numpy(key_of[field], value) for field, value in given.items()}
-    for field in VECTORS:
-        if field in state and state[field].shape != (num_features,):
-            raise ValueError(f"{key_of[field]} has shape {state[field].shape}, but the layer needs ({num_features},)")
-    if "num_batches_tracked" in state:
-        counter = state["num_batches_tracked"]
-        if counter.size != 1 or counter.item() < 0 or not counter.item().is_integer():
-            raise ValueError(f"{key_of['num_batches_tracked']} is {counter.tolist()}; it must be a whole number >= 0")
-        state["num_batches_tracked"] = int(counter.item())
+    state: dict[str, Any] = {}
+    for field, value in given.items():
+        key = key_of[field]
+        array = _to_numpy(key, value)
+        if field == "num_batches_tracked":
+            state[field] = _counter(key, value, array)
+            continue
+        if array.shape != (num_features,):
+            raise ValueError(f"{key} has shape {array.shape}, but the layer needs ({num_features},)")
+        if field == "running_var" and (array < 0).any():
+            raise ValueError(f"{key} has negative values (smallest: {array.min()}); a variance is >= 0: is it the right checkpoint?")
+        state[field] = _cast(key, array, np.dtype(dtype))
     return convention, state
+
+
+def _cast(key: str, array: np.ndarray[Any, np.dtype[np.float64]], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """float64 in another dtype; ValueError where that cannot hold it."""
+    with np.errstate(all="ignore"):
+        cast = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(cast)
+    if lost.any():
+        raise ValueError(
+            f"{key} has values as large as {abs(array[lost]).max():.3g}, which {dtype} cannot hold: load it into a layer of dtype=np.float64"
+        )
+    return cast
+
+
+def _counter(key: str, value: Any, array: np.ndarray[Any, np.dtype[np.float64]]) -> int:
+    """The batch counter, from the value itself: `array` is the same in float64, which holds whole numbers up to 2**53."""
+    if array.size != 1 or array.item() < 0 or not array.item().is_integer():
+        raise ValueError(f"{key} is {array.tolist()}; it must be a whole number >= 0")
+    counter = int(value.item() if hasattr(value, "item") else np.asarray(value).item())
+    if counter > np.iinfo(np.int64).max:
+        raise ValueError(f"{key} is {counter}; a batch counter is an int64, {np.iinfo(np.int64).max} at most")
+    return counter
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks
+from fastbn import checks, scalars
 from fastbn.statistics import Array, namespace_of
 
 
@@ -71,10 +71,10 @@ def fold_batch_norm(
         raise TypeError(f"weight has dtype {weight.dtype}; allowed are {checks.ALLOWED}: {advice}")
     if weight.ndim == 0:
         raise ValueError("weight has shape (); it needs an axis of output channels: pass weight.reshape(1)")
-    axis = checks.whole(axis, "axis")
+    axis = scalars.whole(axis, "axis")
     if not -weight.ndim <= axis < weight.ndim:
         raise ValueError(f"axis is {axis}; weight of shape {weight.shape} has axes {-weight.ndim} to {weight.ndim - 1}")
-    eps = checks.eps(eps)
+    eps = scalars.eps(eps)
     channels = weight.shape[axis]
 
     mean = _vector(xp, "mean", mean, weight, axis)

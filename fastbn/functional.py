@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, gpu, memory, running
+from fastbn import checks, cpu, gpu, memory, running, scalars
 from fastbn.context import Context
 from fastbn.kernels import rows
 
@@ -109,7 +109,7 @@ def batch_norm_forward(
     x, dtype, axis = checks.x_and_axis(x, axis)
     gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
     mean, var = checks.running(running_mean, running_var, x, axis, bool(training))
-    eps, momentum, relu = checks.eps(eps), checks.momentum(momentum), checks.activation(activation)
+    eps, momentum, relu = scalars.eps(eps), scalars.momentum(momentum), scalars.activation(activation)
     if residual is not None:
         residual = checks.like(residual, "residual", x)
     weight = checks.weights(sample_weight, x, axis)
@@ -300,7 +300,7 @@ def batch_norm_inference(
     mean_, var_ = checks.vector(mean, "mean", x, axis), checks.vector(var, "var", x, axis)
     if mean_ is None or var_ is None:
         raise TypeError("mean and var must be arrays of shape (C,); use batch_norm_forward for the statistics of x")
-    eps, relu = checks.eps(eps), checks.activation(activation)
+    eps, relu = scalars.eps(eps), scalars.activation(activation)
     if residual is not None:
         residual = checks.like(residual, "residual", x)
     written = None

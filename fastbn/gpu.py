@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbn import checks, cuda_backend
+from fastbn import checks, cuda_backend, scalars
 from fastbn.context import Context
 from fastbn.gpu_arrays import Arrays, Facts, Shapes, is_gpu_array
 from fastbn.gpu_layout import Channels, Layout, assign, channels, native_copy, no_more
@@ -123,7 +123,7 @@ def forward(
     axis = a.axis(axis)
     p = _forward_plan(a.facts, axis, training)
     axis %= a.x.ndim
-    eps, momentum, relu = checks.eps(eps), checks.momentum(momentum), checks.activation(activation)
+    eps, momentum, relu = scalars.eps(eps), scalars.momentum(momentum), scalars.activation(activation)
     a.writable("out", *(("running_mean", "running_var") if training else ()))
     a.apart(p.reach, None, training)
     xp = a.xp
@@ -273,7 +273,7 @@ def inference(
         raise TypeError("mean and var must be arrays of shape (C,); use batch_norm_forward for the statistics of x")
     a = Arrays(x=x, gamma=gamma, beta=beta, mean=mean, var=var, residual=residual, out=out)
     p = _inference_plan(a.facts, a.axis(axis))
-    eps, relu = checks.eps(eps), checks.activation(activation)
+    eps, relu = scalars.eps(eps), scalars.activation(activation)
     a.writable("out")
     a.apart(p.reach, "x", False)
     with a.on_device():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fastbn import checks, functional
-from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, Convention, get_convention, read_state, recognise, write_state
+from fastbn import functional, scalars
+from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, get_convention, read_state, write_state
 from fastbn.folding import fold_batch_norm
 from fastbn.statistics import Array, Moments, namespace_of, namespace_on, num_channels
 
@@ -87,12 +86,12 @@ class BatchNorm:
         device: str = "cpu",
     ) -> None:
         self.num_features = num_channels(num_features)
-        self.axis = checks.whole(axis, "axis")
-        self.eps = checks.eps(eps)
-        self.momentum = None if momentum is None else checks.momentum(momentum)
-        checks.activation(activation)
+        self.axis = scalars.whole(axis, "axis")
+        self.eps = scalars.eps(eps)
+        self.momentum = None if momentum is None else scalars.momentum(momentum)
+        scalars.activation(activation)
         self.activation = activation
-        self.dtype = _parameter_dtype(dtype)
+        self.dtype = scalars.parameter_dtype(dtype)
         self.device = device
         self.unbiased = True
         self.convention = "torch"
@@ -125,7 +124,7 @@ class BatchNorm:
         >>> bn.eps, bn.momentum, bn.unbiased, list(bn.state_dict())
         (0.001, 0.01, False, ['gamma', 'beta', 'moving_mean', 'moving_variance'])
         """
-        defaults = _convention(convention)
+        defaults = get_convention(convention)
         unbiased = bool(overrides.pop("unbiased", defaults.unbiased))
         layer = cls(num_features, **{"eps": defaults.eps, "momentum": defaults.momentum, **overrides})
         layer.unbiased = unbiased
@@ -230,7 +229,7 @@ class BatchNorm:
         The names are those of `convention` ("torch", "keras", "flax", "chainer", "onnx"), by default the layer's own: "torch", or
         what `like` was given. The batch counter, which Keras, Flax and ONNX lack, is a 0-d int64 NumPy array.
         """
-        return write_state(_convention(self.convention if convention is None else convention).name, self._state())
+        return write_state(get_convention(self.convention if convention is None else convention).name, self._state())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> str:
         """Read a checkpoint of any of the five conventions into the layer's arrays; returns the convention's name.
@@ -244,31 +243,12 @@ class BatchNorm:
             For unknown, missing or surplus keys, wrong shapes, values that are not real numbers, finite ones that the layer's dtype
             cannot hold, a negative variance, an array of the layer that is read-only. After any exception the layer is as before.
         """
-        convention, values = read_state(state_dict, self._state(), self.num_features)
-        counter = self.num_batches_tracked
-        if "num_batches_tracked" in values:
-            # read_state has found it a whole number, as float64, which holds those up to 2**53.
-            counter = _whole_number(recognise(state_dict)[1]["num_batches_tracked"], convention)
-            del values["num_batches_tracked"]
+        convention, values = read_state(state_dict, self._state(), self.num_features, self.dtype)
+        counter = values.pop("num_batches_tracked", self.num_batches_tracked)
         xp, on_device = namespace_on(self.device)
-        with on_device:  # every cast before the first write: a cast can fail
-            self._overwrite({field: xp.asarray(self._cast(value, field, convention)) for field, value in values.items()}, counter)
+        with on_device:
+            self._overwrite({field: xp.asarray(value) for field, value in values.items()}, counter)
         return convention.name
-
-    def _cast(self, value: Array, field: str, convention: Convention) -> Array:
-        """What a checkpoint holds, float64, in the layer's dtype; ValueError where that cannot be."""
-        key = convention.keys[FIELDS.index(field)]
-        if field == "running_var" and bool((value < 0).any()):
-            raise ValueError(f"{key} has negative values (smallest: {value.min()}); a variance is >= 0: is it the right checkpoint?")
-        with np.errstate(all="ignore"):
-            cast = value.astype(self.dtype)
-        lost = np.isfinite(value) & ~np.isfinite(cast)
-        if bool(lost.any()):
-            raise ValueError(
-                f"{key} has values as large as {abs(value[lost]).max():.3g}, which {self.dtype} cannot hold: "
-                "load it into a layer of dtype=np.float64"
-            )
-        return cast
 
     def _overwrite(self, values: Mapping[str, Array], num_batches_tracked: int) -> None:
         """Write into the layer's arrays of these names and set the counter: all of it, or on any exception nothing.
@@ -394,29 +374,3 @@ class BatchNorm:
             if known is None or known.unbiased != self.unbiased:
                 arguments["unbiased"] = self.unbiased
         return ", ".join([make, *(f"{name}={value!r}" for name, value in arguments.items())]) + ")"
-
-
-def _parameter_dtype(dtype: Any) -> np.dtype[Any]:
-    """float32 or float64, whatever NumPy takes for them."""
-    given = dtype
-    with suppress(TypeError, ValueError):  # where it is none at all
-        given = np.dtype(dtype)
-        for known in (np.dtype(np.float32), np.dtype(np.float64)):
-            if given == known:
-                return known
-    raise TypeError(f"dtype is {given!s}; parameters and running statistics are float32 or float64: pass np.float32 or np.float64")
-
-
-def _convention(name: Any) -> Convention:
-    """The convention of a name; TypeError for what is no name."""
-    if not isinstance(name, str):
-        raise TypeError(f"convention is {name!r} of type {type(name).__name__}; pass a name: {', '.join(map(repr, CONVENTIONS))}")
-    return get_convention(name)
-
-
-def _whole_number(value: Any, convention: Convention) -> int:
-    """A checkpoint's batch counter, known to be a whole number >= 0: array, tensor, sequence or int."""
-    counter = int(value.item() if hasattr(value, "item") else np.asarray(value).item())
-    if counter > np.iinfo(np.int64).max:
-        raise ValueError(f"{convention.keys[-1]} is {counter}; a batch counter is an int64, {np.iinfo(np.int64).max} at most")
-    return counter

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks
+from fastbn import checks, scalars
 
 Array = Any  # a NumPy or CuPy array; CuPy is optional and ships no types
 
@@ -190,7 +190,7 @@ def num_channels(num_features: Any) -> int:
     TypeError, ValueError
         For what is not a whole number >= 0.
     """
-    channels = checks.whole(num_features, "num_features")
+    channels = scalars.whole(num_features, "num_features")
     if channels < 0:
         raise ValueError(f"num_features is {channels}; it is the length of the channel axis and must be >= 0")
     return channels
@@ -200,7 +200,7 @@ def _count(value: Any) -> float:
     """A finite number >= 0, or an array of no dimensions that holds one, as float."""
     if isinstance(value, np.ndarray) or namespace_of(value) is not np:
         value = value.item() if value.ndim == 0 else value
-    count = checks.number(value, "count", "finite and >= 0")
+    count = scalars.number(value, "count", "finite and >= 0")
     if not 0 <= count < math.inf:
         raise ValueError(f"count is {count}; it must be finite and >= 0")
     return count

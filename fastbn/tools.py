@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import checks, cpu, dispatch, gpu_arrays, layout, memory
+from fastbn import checks, cpu, dispatch, gpu_arrays, layout, memory, scalars
 from fastbn.dispatch import TABLE
 
 Array = NDArray[Any]
@@ -233,8 +233,8 @@ def warmup(
     for feature in features:
         if feature not in FEATURES:
             raise ValueError(f"unknown feature {feature!r}; known are {', '.join(map(repr, FEATURES))}")
-    ndims = [checks.whole(n, "ndim") for n in _several(ndim)]
-    families = _families(ndims, [checks.whole(a, "axis") for a in _several(axis)])
+    ndims = [scalars.whole(n, "ndim") for n in _several(ndim)]
+    families = _families(ndims, [scalars.whole(a, "axis") for a in _several(axis)])
 
     from fastbn.kernels import variants
 
