@@ -199,7 +199,7 @@ def _cast(key: str, array: np.ndarray[Any, np.dtype[np.float64]], dtype: np.dtyp
     lost = np.isfinite(array) & ~np.isfinite(cast)
     if lost.any():
         raise ValueError(
-            f"{key} has values as large as {abs(array[lost]).max():.3g}, which {dtype} cannot hold: load it into a layer of dtype=np.float64"
+            f"{key} has values as large as {abs(array[lost]).max():.3g}, which {dtype} cannot hold: use a layer of dtype=np.float64"
         )
     return cast
 
