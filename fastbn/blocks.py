@@ -109,10 +109,8 @@ def batch_norm_forward_apply(
 
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     state = None
-    if moments.count:
+    if moments.count:  # any part has a value
         cpu.set_statistics(table, moments.mean, moments.var(), moments.mean_lo)
-    else:  # no part has any value
-        cpu.set_statistics(table, 0.0, 0.0)
     if x.size:
         x_native = memory.native(x)
         frame = memory.frame_of(x_native, axis, dtype, weight is not None)

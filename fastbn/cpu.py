@@ -12,7 +12,7 @@ from fastbn import dispatch, layout
 from fastbn.dispatch import Job, Schedule
 from fastbn.kernels import rows
 from fastbn.layout import Plan
-from fastbn.memory import Frame, Tensor, Weights, both_streamed, finish_output, readable, streamed, writable
+from fastbn.memory import Frame, Tensor, Weights, both_streamed, readable, streamed, writable
 
 Array = NDArray[Any]
 
@@ -91,16 +91,19 @@ def wide_lanes(dtype: str, residual: object) -> bool:
 
 
 def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
-    """A forward's table with the parameters."""
-    table = np.empty((rows.TABLE_ROWS, C))
+    """A forward's table with the parameters; zeros elsewhere."""
+    table = np.zeros((rows.TABLE_ROWS, C))
     table[rows.GAMMA] = 1.0 if gamma is None else gamma
-    table[rows.BETA] = 0.0 if beta is None else beta
+    if beta is not None:
+        table[rows.BETA] = beta
     return table
 
 
-def set_statistics(table: Array, mean: Array | float, var: Array | float, low: Array | float = 0.0) -> None:
-    """Put given statistics into a table; `low` is what rounding the mean has lost."""
-    table[rows.MEAN], table[rows.VAR], table[rows.LOW] = mean, var, low
+def set_statistics(table: Array, mean: Array, var: Array, low: Array | None = None) -> None:
+    """Put given statistics into a table of `parameter_table`; `low` is what rounding the mean has lost."""
+    table[rows.MEAN], table[rows.VAR] = mean, var
+    if low is not None:
+        table[rows.LOW] = low
 
 
 def normalise(
@@ -132,7 +135,7 @@ def normalise(
         relu=True if relu else None,
         table=table,
         eps=eps,
-        streamed=streamed(y_tensor, f, with_mask),
+        streamed=f.large and streamed(y_tensor, f, with_mask),
     )
     wide = wide_lanes(f.dtype, residual)
     job["wide"] = True if wide else None
@@ -142,7 +145,8 @@ def normalise(
     else:
         job["partial"], job["points"] = np.empty(s.partial), _points(f, x_tensor, weights)
         dispatch.run("forward", p, s, s.road, f.dtype, present, job, threads)
-    finish_output(y, made)
+    if made is not None:
+        y[...] = made
     return y, mask
 
 
@@ -197,14 +201,15 @@ def backward(
         count=count,
         constant=frozen,
         frozen=True if frozen else None,
-        streamed=both_streamed(dx_tensor, dresidual_tensor, f),
+        streamed=f.large and both_streamed(dx_tensor, dresidual_tensor, f),
     )
     present = present_arguments(None, _kind(weights), state.mask, False, dresidual, frozen)
     road = "sweeps" if frozen else s.road
     dispatch.run("backward", p, s, road, f.dtype, present, job, threads)
-    finish_output(dx, made)
-    if dresidual is not None:
-        finish_output(dresidual, dresidual_made)
+    if made is not None:
+        dx[...] = made
+    if dresidual is not None and dresidual_made is not None:
+        dresidual[...] = dresidual_made
     return dx, grads, dresidual
 
 
@@ -231,11 +236,12 @@ def apply(
     dx, dx_tensor, made = writable(out, dtype, f)
     dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
     job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None)
-    job["streamed"] = both_streamed(dx_tensor, dresidual_tensor, f)
+    job["streamed"] = f.large and both_streamed(dx_tensor, dresidual_tensor, f)
     dispatch.call("finish_backward", "float64", state.table, grads, job["partial"], p.C, count, False)
     present = present_arguments(None, _kind(state.weights), state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
-    finish_output(dx, made)
-    if dresidual is not None:
-        finish_output(dresidual, dresidual_made)
+    if made is not None:
+        dx[...] = made
+    if dresidual is not None and dresidual_made is not None:
+        dresidual[...] = dresidual_made
     return dx, dresidual

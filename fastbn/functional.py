@@ -177,9 +177,7 @@ def _forward_of_nothing(
     out: Array | None,
 ) -> tuple[Array, Context]:
     """An empty batch: y is empty, and nothing is learnt from it."""
-    if mean is None or var is None or training:
-        cpu.set_statistics(table, 0.0, 0.0)
-    else:
+    if mean is not None and var is not None and not training:
         cpu.set_statistics(table, mean, var)
     with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
         table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)

@@ -154,12 +154,6 @@ def writable(out: Array | None, dtype: np.dtype[Any], f: Frame) -> tuple[Array, 
     return out, (made, *f.fresh_strides), made
 
 
-def finish_output(out: Array, made: Array | None) -> None:
-    """Copy to an `out` that the kernels could not write."""
-    if made is not None:
-        out[...] = made
-
-
 def weights_of(sample_weight: Array, f: Frame) -> Weights:
     """Checked weights, (N,) or x's shape without the channel axis, in the order of the plan.
 
@@ -197,10 +191,8 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
 
 
 def streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
-    """Whether the output is written around the cache: it is large, and rows keep the alignment that this needs."""
+    """Whether a large output is written around the cache: rows keep the alignment that this needs."""
     p = f.plan
-    if not f.large:
-        return False
     if p.family == "planes":
         return True
     boundary = min(LINE, layout.LANES * f.itemsize)
@@ -208,7 +200,7 @@ def streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
 
 
 def both_streamed(dx: Tensor, dresidual: Tensor | None, f: Frame) -> bool:
-    """Whether dx and dresidual are written around the cache: where one vector is aligned, so is the other."""
+    """The same of dx and dresidual: where one vector is aligned, so must be the other."""
     if not streamed(dx, f, False):
         return False
     return dresidual is None or (dx[1] == dresidual[1] and (address(dx[0]) - address(dresidual[0])) % LINE == 0)

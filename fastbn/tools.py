@@ -154,7 +154,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
             "backward": TABLE["backward", p.family, backward.road],
         },
         threads=dispatch.threads_for(x.size),
-        streamed=memory.streamed((x, *y), frame, False),  # y's strides; its address matters to masks alone
+        streamed=frame.large and memory.streamed((x, *y), frame, False),  # y's strides; its address matters to masks alone
         copied=bool(reason),
         reason=reason or "the kernels read x where it is",
     )
