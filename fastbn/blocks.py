@@ -133,7 +133,7 @@ def batch_norm_forward_apply(
         table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
         y = np.empty_like(x)
     if mean is not None and var is not None and moments.count:
-        running.update(table, mean, var, momentum, n / (n - 1.0) if unbiased else 1.0)
+        running.update(table, mean, var, momentum, running.correction(n) if unbiased else 1.0)
     dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
     return y if out is None else out, Context(x, axis, True, moments.count, residual is not None, relu, *dtypes, table, state)
 

@@ -183,33 +183,38 @@ def _backward_job(dy: Array, x: Array, state: State, threads: int, s: Schedule) 
     return job, grads
 
 
+def _gradients(
+    job: Job, out: Array | None, dtype: np.dtype[Any], f: Frame, with_residual: bool
+) -> tuple[Array, Array | None, list[tuple[Array, Array]]]:
+    """dx and dresidual, which the job is to write, and (array, what it is copied from afterwards) for those it cannot write."""
+    dx, dx_tensor, made = writable(out, dtype, f)
+    unfinished = [] if made is None else [(dx, made)]
+    dresidual, dresidual_tensor = None, None
+    if with_residual:
+        dresidual, dresidual_tensor, made = writable(None, dtype, f)
+        if made is not None:
+            unfinished.append((dresidual, made))
+    job.update(dx=dx_tensor, dresidual=dresidual_tensor, streamed=f.large and both_streamed(dx_tensor, dresidual_tensor, f))
+    return dx, dresidual, unfinished
+
+
 def backward(
     dy: Array, x: Array, state: State, frozen: bool, count: float, with_residual: bool, out: Array | None
 ) -> tuple[Array, Array, Array | None]:
     """(dx, the backward's table, dresidual or None)."""
-    f, p, dtype = state.frame, state.frame.plan, x.dtype
+    f, p = state.frame, state.frame.plan
     threads = dispatch.threads_for(f.size)
     s = f.schedules[1]
     weights = None if frozen else state.weights
     state = State(f, state.table, state.mask, weights)
     job, grads = _backward_job(dy, x, state, threads, s)
-    dx, dx_tensor, made = writable(out, dtype, f)
-    dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
-    job.update(
-        dx=dx_tensor,
-        dresidual=dresidual_tensor,
-        count=count,
-        constant=frozen,
-        frozen=True if frozen else None,
-        streamed=f.large and both_streamed(dx_tensor, dresidual_tensor, f),
-    )
+    dx, dresidual, unfinished = _gradients(job, out, x.dtype, f, with_residual)
+    job.update(count=count, constant=frozen, frozen=True if frozen else None)
     present = present_arguments(None, _kind(weights), state.mask, False, dresidual, frozen)
     road = "sweeps" if frozen else s.road
     dispatch.run("backward", p, s, road, f.dtype, present, job, threads)
-    if made is not None:
-        dx[...] = made
-    if dresidual is not None and dresidual_made is not None:
-        dresidual[...] = dresidual_made
+    for gradient, made in unfinished:
+        gradient[...] = made
     return dx, grads, dresidual
 
 
@@ -228,20 +233,16 @@ def apply(
     dy: Array, x: Array, state: State, sums: tuple[Array, Array], count: float, with_residual: bool, out: Array | None
 ) -> tuple[Array, Array | None]:
     """dx and dresidual from sums over the whole batch, of which this is a part."""
-    f, p, dtype = state.frame, state.frame.plan, x.dtype
+    f, p = state.frame, state.frame.plan
     threads = dispatch.threads_for(f.size)
     s = f.schedules[1]
     job, grads = _backward_job(dy, x, state, threads, s)
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
-    dx, dx_tensor, made = writable(out, dtype, f)
-    dresidual, dresidual_tensor, dresidual_made = writable(None, dtype, f) if with_residual else (None, None, None)
-    job.update(dx=dx_tensor, dresidual=dresidual_tensor, count=count, constant=False, frozen=None)
-    job["streamed"] = f.large and both_streamed(dx_tensor, dresidual_tensor, f)
+    dx, dresidual, unfinished = _gradients(job, out, x.dtype, f, with_residual)
+    job.update(count=count, constant=False, frozen=None)
     dispatch.call("finish_backward", "float64", state.table, grads, job["partial"], p.C, count, False)
     present = present_arguments(None, _kind(state.weights), state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
-    if made is not None:
-        dx[...] = made
-    if dresidual is not None and dresidual_made is not None:
-        dresidual[...] = dresidual_made
+    for gradient, made in unfinished:
+        gradient[...] = made
     return dx, dresidual

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import checks
 from fastbn.kernels import rows
 from fastbn.kernels.cuda import steps
 from fastbn.kernels.cuda.host import (
@@ -172,7 +173,7 @@ def forward(
     parameters = parameter_types(job["gamma"], job["beta"])
     running = parameter_types(job["running_mean"], job["running_var"])
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("training=False normalises with the running statistics; pass running_mean and running_var")
+        raise checks.no_running_statistics()
     where, known = stream(), kernels()
     weighing = weights(sample_weight, setting.shape, setting.compute, unbiased) if training and sample_weight is not None else None
     table, job["table"], job["coefs"] = tables(rows.ANCHOR, setting.shape[1], known.channels.COEF_ROWS, setting.compute)

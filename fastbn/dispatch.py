@@ -138,7 +138,7 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
         # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
         scratch = (6, -(-width // LANES) * LANES + LANES)
         tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // rows_a_part))
-    whole = {split: np.array([0, count], np.int64) for split, count in tasks.items()}
+    whole = {split: cut(count, 1, 1, 1) for split, count in tasks.items()}
     return Schedule(road, group, blocks, rows, tasks, whole, arguments, (p.C, blocks, 4), scratch)
 
 
@@ -220,10 +220,7 @@ def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tu
     """
     unfit = 0
     for this in program(operation, p.family, road, dtype, present):
-        if this.split is None:
-            unfit += this.kernel(*this.arguments(job)) or 0
-        else:
-            unfit += _run(this, s, job, threads)
+        unfit += _run(this, s, job, threads)
     if unfit and job.get("wide", True) is None:
         job["wide"] = False
         _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)
@@ -250,8 +247,10 @@ _ALONE = np.empty(0, np.int64)  # the board of a thread that shares with none
 
 
 def _run(this: Step, s: Schedule, job: Job, threads: int) -> int:
-    """Run a step that is split; the sum of what its kernel returns, which is how many channels do not fit, or 0."""
-    split, arguments, pieces = this.split or "", this.arguments(job), job["pieces"]
+    """Run one step; the sum of what its kernel returns, which is how many channels do not fit, or nothing."""
+    split, arguments, pieces = this.split, this.arguments(job), job["pieces"]
+    if split is None:
+        return this.kernel(*arguments) or 0
     if threads == 1 and pieces == 1:  # a small call: the shortest way
         return this.kernel(BELL, _ALONE, s.whole[split], 1, 0, arguments)
     cuts = cut(s.tasks[split], s.group if split == "channels" else 1, threads, pieces)

@@ -97,8 +97,7 @@ class Layout:
         self.order = layout.axis_order(x.shape, x.strides)
         at = self.order.index(axis)
         self.shape = prod(x.shape[a] for a in self.order[:at]), x.shape[axis], prod(x.shape[a] for a in self.order[at + 1 :])
-        straight = self.order == tuple(range(len(self.order)))
-        self.inverse = None if straight else tuple(self.order.index(a) for a in range(len(self.order)))
+        self.inverse = layout.inverse(self.order)
         self.in_memory = tuple(x.shape[a] for a in self.order)
         self.dtype = x.dtype
         self.bits = dtype == "bfloat16"
@@ -140,12 +139,10 @@ class Layout:
             return None
         w = w if seen(w).plain else native_copy(xp, w)
         N, _, S = self.shape
-        shape = tuple(n for a, n in enumerate(self.full) if a != self.axis)
-        if w.shape == shape[:1] and self.order[0] == 0 and (S == 1 or w.size == N):
+        by_sample = self.full[:1] if self.axis else self.full[1:2]
+        if w.shape == by_sample and self.order[0] == 0 and (S == 1 or w.size == N):
             return w  # of runs of rows
-        if w.shape != shape:
-            w = xp.broadcast_to(w.reshape(w.shape + (1,) * (len(shape) - 1)), shape)
-        return xp.ascontiguousarray(w.transpose(tuple(a - (a > self.axis) for a in self.order if a != self.axis)))
+        return xp.ascontiguousarray(layout.weights_in_order(xp, w, self.full, self.axis, self.order))
 
 
 class Channels(NamedTuple):

@@ -229,7 +229,7 @@ class BatchNorm:
         The names are those of `convention` ("torch", "keras", "flax", "chainer", "onnx"), by default the layer's own: "torch", or
         what `like` was given. The batch counter, which Keras, Flax and ONNX lack, is a 0-d int64 NumPy array.
         """
-        return write_state(get_convention(self.convention if convention is None else convention).name, self._state())
+        return write_state(self.convention if convention is None else convention, self._state())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> str:
         """Read a checkpoint of any of the five conventions into the layer's arrays; returns the convention's name.

@@ -26,6 +26,7 @@ LINE = 64
 # not: the first, middle and last value of an image are its border and its centre.
 PLACES = np.array([0.303, 0.917, 0.539])
 
+
 class Frame:
     """How the arrays of one kind of call are read: the plan, and what follows from it. Made once for a shape, strides and axis.
 
@@ -48,7 +49,7 @@ class Frame:
         self.size = plan.count * plan.C
         self.large = self.size * itemsize >= STREAM_FROM
         self.in_memory = tuple(shape[a] for a in plan.order)
-        self.inverse = None if plan.order == tuple(range(len(shape))) else tuple(plan.order.index(a) for a in range(len(shape)))
+        self.inverse = layout.inverse(plan.order)
         self.schedules = dispatch.schedule(plan, itemsize, 1), dispatch.schedule(plan, itemsize, 2)
         self._strides: dict[tuple[int, ...], tuple[int, int] | None] = {}
 
@@ -163,13 +164,10 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
         Where their sum is infinite.
     """
     p = f.plan
-    shape = tuple(n for a, n in enumerate(f.shape) if a != f.axis)
-    by_sample = sample_weight.shape != shape
-    if by_sample and (f.axis == 0 or p.order[0] != 0):  # a sample's positions do not lie side by side
-        sample_weight = np.broadcast_to(sample_weight.reshape(sample_weight.shape + (1,) * (len(shape) - 1)), shape)
-        by_sample = False
+    shape = f.shape[: f.axis] + f.shape[f.axis + 1 :]
+    by_sample = sample_weight.shape != shape and f.axis != 0 and p.order[0] == 0  # a sample's positions lie side by side
     if not by_sample:
-        sample_weight = sample_weight.transpose([a - (a > f.axis) for a in p.order if a != f.axis])
+        sample_weight = layout.weights_in_order(np, sample_weight, f.shape, f.axis, p.order)
     array: Array = np.ascontiguousarray(sample_weight, dtype=np.float64).reshape(-1)
     times = math.prod(shape[1:]) if by_sample else 1  # positions that share a weight
     where = np.flatnonzero(array)

@@ -16,7 +16,7 @@ Versions, with what each gained on 2 threads of an AVX-512 machine, as multiples
    32x56x56x256 from 1.25 to 1.07;
 7. output in float32 lanes, whose constants are half as many loads: forward of 32x7x7x2048 in 0.8 of the time in float64 lanes;
 8. what is prefetched is chosen once a row, not once a vector: forward of 32x7x7x256, which is in the cache, in 0.85 of the time, backward
-   in 0.66.
+   in 0.66 (both versions in turn, a process each, minima).
 
 Tried and lost: four vectors of a row at a time in a tile of the statistics (no faster); the next strip's x read 8 rows ahead.
 
