@@ -2,8 +2,10 @@
 
 A kernel computes the tasks first..last with the workspace of `thread`. `team` makes of it what threads call: take a piece, compute it,
 take the next, until there are none. Pieces are taken from a board, which the threads of a call share, by an atomic addition, so a
-thread that comes late or runs on a slow processor simply takes fewer of them. (Halves, each for one thread, made the caller wait: the
-forward of 16x64x28x28 took 150 us on two threads and 125 on one, medians of 72 calls with `set_num_threads` 1 and 2 in turn.) Who computes a piece never changes its bits.
+thread that comes late or runs on a slow processor simply takes fewer of them. Who computes a piece never changes its bits.
+
+Halves, each for one thread, made the caller wait: the forward of 16x64x28x28 took 150 us on two threads and 125 on one (medians of 72
+calls, with `set_num_threads` 1 and 2 in turn).
 """
 
 from numba import types
@@ -60,7 +62,8 @@ def team(kernel):
 
     Thread 0 is the caller. It rings the bell when it begins, and in the end waits a little for the others. Those linger until all is done
     and the bell rings for the next call, or a little longer: were they to go back to the interpreter with the caller, one would have
-    to wait for its lock, and be woken. (32x512x7x7, measured as above: forward on two threads 0.8 times as fast as on one without, 1.3 times with.)
+    to wait for its lock, and be woken. (32x512x7x7, measured as above: the forward on two threads is 0.8 times as fast as on one
+    without, 1.3 times with.)
     """
     compute = inline(kernel)
 
