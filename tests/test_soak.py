@@ -13,6 +13,7 @@ import pytest
 import subprocesses
 
 import fastbn
+from fastbn import dispatch
 
 CALLS = int(os.environ.get("FASTBN_TEST_SOAK_CALLS", "10000"))
 # An array of 64 KiB kept by each call would be 320 MB after half of the calls; a Python object of 200 bytes, 1 MB. Arenas of the
@@ -30,10 +31,11 @@ def errors_of(x, p):
 
 
 def mixed_calls(count):
-    """`count` calls over layouts, dtypes, functions, errors and the pool, of arrays of 64 KiB and, now and then, of 1 MB."""
+    """`count` calls over layouts, dtypes, functions, errors and the pool, of arrays of 64 KiB and, now and then, of 3 MB."""
     small = {d: inputs.normal((4, 8, 16, 32)).astype(d) for d in (np.float32, np.float64)}
     views = [(x, 1) for x in small.values()] + [(np.moveaxis(small[np.float32], 1, -1), -1), (small[np.float32][:, :, :, ::-1], 1)]
-    large, p = inputs.normal((32, 8, 32, 32)), inputs.parameters(8)
+    large, p = inputs.normal((32, 8, 64, 48)), inputs.parameters(8)
+    assert large.size >= dispatch.PARALLEL_FROM
     done = 0
     while done < count:
         for x, axis in views:
@@ -101,7 +103,8 @@ def test_contexts_are_freed():
     fastbn.set_num_threads(3)
     gc.disable()
     try:
-        x = inputs.normal((32, 8, 32, 32))
+        x = inputs.normal((32, 8, 64, 48))
+        assert x.size >= dispatch.PARALLEL_FROM
         y, ctx = fastbn.batch_norm_forward(x)
         fastbn.batch_norm_backward(y, ctx)
         seen = weakref.ref(x)
