@@ -67,10 +67,17 @@ def _kind(weights: Weights | None) -> str | None:
 
 
 def present_arguments(
-    residual: object, weights: str | None, mask: object, relu: bool, dresidual: object = None, frozen: bool = False, wide: bool = False
+    residual: object,
+    weights: str | None,
+    mask: object,
+    relu: bool,
+    dresidual: object = None,
+    frozen: bool = False,
+    wide: bool = False,
+    brief: bool | None = None,
 ) -> tuple[str, ...]:
     """Names of the optional arguments that are there: they choose the kernel's variant."""
-    if residual is weights is mask is dresidual is None and not relu and not frozen and not wide:
+    if residual is weights is mask is dresidual is brief is None and not relu and not frozen and not wide:
         return ()
     given = {
         "residual": residual is not None,
@@ -81,6 +88,7 @@ def present_arguments(
         "dresidual": dresidual is not None,
         "frozen": frozen,
         "wide": wide,
+        "brief": brief is not None,
     }
     return tuple(name for name, there in given.items() if there)
 
@@ -88,6 +96,11 @@ def present_arguments(
 def wide_lanes(dtype: str, residual: object) -> bool:
     """Whether y needs float64 lanes: for float64, and for the sum with a residual, which may cancel."""
     return dtype == "float64" or residual is not None
+
+
+def brief_sums(dtype: str, weights: object, frozen: bool) -> bool | None:
+    """True or None: whether a backward is computed in float32 lanes where they do (kernels/planes_backward.py)."""
+    return True if dtype in ("float16", "bfloat16") and weights is None and not frozen else None
 
 
 def parameter_table(C: int, gamma: Array | None, beta: Array | None) -> Array:
@@ -210,7 +223,8 @@ def backward(
     job, grads = _backward_job(dy, x, state, threads, s)
     dx, dresidual, unfinished = _gradients(job, out, x.dtype, f, with_residual)
     job.update(count=count, constant=frozen, frozen=True if frozen else None)
-    present = present_arguments(None, _kind(weights), state.mask, False, dresidual, frozen)
+    job["brief"] = brief = brief_sums(f.dtype, weights, frozen)
+    present = present_arguments(None, _kind(weights), state.mask, False, dresidual, frozen, brief=brief)
     road = "sweeps" if frozen else s.road
     dispatch.run("backward", p, s, road, f.dtype, present, job, threads)
     for gradient, made in unfinished:
@@ -240,7 +254,7 @@ def apply(
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
     dx, dresidual, unfinished = _gradients(job, out, x.dtype, f, with_residual)
     job.update(count=count, constant=False, frozen=None)
-    dispatch.call("finish_backward", "float64", state.table, grads, job["partial"], p.C, count, False)
+    dispatch.call("finish_backward", "float64", state.table, grads, job["partial"], p.C, count, False, None)
     present = present_arguments(None, _kind(state.weights), state.mask, False, dresidual)
     dispatch.run("apply", p, s, "sweeps", f.dtype, present, job, threads)
     for gradient, made in unfinished:

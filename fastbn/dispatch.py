@@ -131,7 +131,7 @@ def schedule(p: Plan, itemsize: int, tensors: int) -> Schedule:
     rows_a_part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
     shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
     arguments: Job = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows, "rows_a_part": rows_a_part}
-    arguments["weight"] = None
+    arguments["weight"] = arguments["brief"] = None
     arguments["pieces"] = 1 + p.count * p.C * itemsize // PIECE  # kernel calls at least, so that Ctrl-C is noticed
     scratch = (group, 4 * LANES)
     if p.family == "columns":
@@ -198,7 +198,7 @@ class Step:
 def step(name: str, dtype: str, present: tuple[str, ...]) -> Step:
     """The step of a kernel's variant; compiles it, or loads it from disk, the first time."""
     split = STEPS[name][1]
-    kernel, names = _kernel(name, dtype, present) if split else _kernel(name, dtype, ())
+    kernel, names = _kernel(name, dtype, present)
     return Step(kernel, split, itemgetter(*names[3:]) if split else itemgetter(*names))
 
 
@@ -216,11 +216,16 @@ def call(name: str, dtype: str, *arguments: Any) -> int:
 def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tuple[str, ...], job: Job, threads: int) -> None:
     """Run the steps of an operation over a job that holds every argument by name.
 
-    Channels that do not fit float32 lanes (kernels/formulas.py says which) are normalised once more, in float64 lanes.
+    What does not fit float32 lanes (kernels/formulas.py says which) is done once more, in float64 lanes: channels that are normalised,
+    and a backward with brief sums, before anything of it is written.
     """
     unfit = 0
     for this in program(operation, p.family, road, dtype, present):
         unfit += _run(this, s, job, threads)
+        if unfit and job["brief"]:
+            job["brief"] = None
+            run(operation, p, s, road, dtype, tuple(name for name in present if name != "brief"), job, threads)
+            return
     if unfit and job.get("wide", True) is None:
         job["wide"] = False
         _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)

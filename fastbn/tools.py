@@ -288,11 +288,12 @@ def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, .
         mask, residual = (True if name in chosen else None for name in ("relu", "residual"))
         wide = cpu.wide_lanes(dtype, residual)
         for weights in ("weight", "row_weight") if "weights" in chosen else (None,):
+            brief = cpu.brief_sums(dtype, weights, False)
             found |= {
                 ("forward", cpu.present_arguments(residual, weights, mask, relu, wide=wide), False),
                 ("moments", cpu.present_arguments(None, weights, None, False), False),
                 ("inference", cpu.present_arguments(residual, None, None, relu, wide=wide), False),
-                ("backward", cpu.present_arguments(None, weights, mask, False, residual), False),
+                ("backward", cpu.present_arguments(None, weights, mask, False, residual, brief=brief), False),
                 # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
                 ("inference", cpu.present_arguments(residual, None, mask, relu, wide=wide), False),
                 ("backward", cpu.present_arguments(None, None, mask, False, residual, True), True),

@@ -6,6 +6,8 @@ parameters and the rest from the statistics; a context keeps the table for the b
 
 import math
 
+import numpy as np
+
 from fastbn.kernels import formulas
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for all CPU kernels)
@@ -33,6 +35,7 @@ exact_sum = inline(formulas.exact_sum)
 backward_coefficients = inline(formulas.backward_coefficients)
 running_average = inline(formulas.running_average)
 float32_anchor = inline(formulas.float32_anchor)
+brief_products_hold = inline(formulas.brief_products_hold)
 
 
 @inline
@@ -134,8 +137,14 @@ def update_running(table, running_mean, running_var, C, mean_stride, var_stride,
 
 
 @inline
-def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, constant):
-    """dx = A * dy + B * (x - mean) + C of a channel; frozen statistics are constants."""
+def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, largest, count, constant, brief):
+    """dx = A * dy + B * (x - mean) + C of a channel; frozen statistics are constants.
+
+    1 if the channel's numbers do not suit brief sums and float32 lanes, else 0; `largest` is its largest abs(dy). Brief sums are of
+    dy * (x - m), with m the mean in float32.
+    """
+    if brief is not None:
+        sum_dy_xmu += (np.float32(table[MEAN, c]) - table[MEAN, c]) * sum_dy
     grads[SUM_DY, c] = sum_dy
     grads[SUM_DY_XMU, c] = sum_dy_xmu
     grads[DGAMMA, c] = sum_dy_xmu * table[INVSTD, c]
@@ -143,18 +152,27 @@ def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, constant
     grads[COEF_A, c] = a
     grads[COEF_B, c] = 0.0 if constant else b
     grads[COEF_C, c] = 0.0 if constant else d
+    if brief is None or brief_products_hold(a, largest, math.sqrt(table[VAR, c]), count):
+        return 0
+    return 1
 
 
 @inline
-def finish_blocks_backward(table, grads, partial, c, count, constant):
-    sum_dy, sum_dy_xmu = 0.0, 0.0
+def finish_blocks_backward(table, grads, partial, c, count, constant, brief):
+    sum_dy, sum_dy_xmu, largest = 0.0, 0.0, 0.0
     for b in range(partial.shape[1]):
         sum_dy += partial[c, b, 0]
         sum_dy_xmu += partial[c, b, 1]
-    finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, count, constant)
+        largest = max(largest, partial[c, b, 2])
+    return finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, largest, count, constant, brief)
 
 
-def finish_backward(table, grads, partial, C, count, constant):
-    """The rows of the backward's table from the sums of blocks; a row of partial starts (sum dy, sum dy * (x - mean))."""
+def finish_backward(table, grads, partial, C, count, constant, brief):
+    """The rows of the backward's table from the sums of blocks; a row of partial is (sum dy, sum dy * (x - mean), largest dy, -).
+
+    How many channels do not suit brief sums.
+    """
+    unfit = 0
     for c in range(C):
-        finish_blocks_backward(table, grads, partial, c, count, constant)
+        unfit += finish_blocks_backward(table, grads, partial, c, count, constant, brief)
+    return unfit

@@ -176,11 +176,11 @@ def expand_constants(table, scratch, first, channels, S, width, wide):
                 mean, anchor, scale = load_some(means, c, n), load_some(anchors, c, n), load_some(scales, c, n)
                 store(values, c, bias(load_some(betas, c, n), mean, anchor, scale, wide))
         if wide is not None or k != LOW_ROW:
-            expand(constants(scratch, k, wide), values, channels, S, width)
+            expand(constant_row(scratch, k, wide), values, channels, S, width)
 
 
 @inline
-def constants(scratch, k, wide):
+def constant_row(scratch, k, wide):
     """Row k of what `expand_constants` wrote."""
     return lanes_memory(vectors(scratch, k), wide)
 
@@ -218,8 +218,8 @@ def normalise_rows(x, y, residual, mask, relu, wide, first, last, rest, column, 
     memory channel in a row, which takes 1.25 times as long as a copy where this takes 1.08.
     """
     boundary = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
-    means, lows = constants(scratch, MEAN_ROW, wide), constants(scratch, LOW_ROW, wide)
-    rows = (means, lows, constants(scratch, SCALE_ROW, wide), constants(scratch, BIAS_ROW, wide))
+    means, lows = constant_row(scratch, MEAN_ROW, wide), constant_row(scratch, LOW_ROW, wide)
+    rows = (means, lows, constant_row(scratch, SCALE_ROW, wide), constant_row(scratch, BIAS_ROW, wide))
     for r in range(first, last + (rest > 0)):
         here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
         xp, yp, rp, mp = row(x, r, column), row(y, r, column), row(residual, r, column), row(mask, r, column >> 4)

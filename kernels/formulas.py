@@ -49,6 +49,21 @@ def float32_anchor(mean, var, scale, beta):
     return math.nan
 
 
+def brief_products_hold(a, largest, std, count):
+    """Whether dx and the sums of a channel may be computed in float32, where `largest` is the largest abs(dy), and dx = a * dy + ...
+
+    Deviations from the mean are between std, the largest at least, and sqrt(count) * std. Products of them with dy, and dx itself, must
+    not overflow; what vanishes, 2**-149 of a product or of the slope, must not count.
+    """
+    farthest = math.sqrt(count) * std
+    if largest * std == 0.0:
+        return largest <= 2.0**100 and abs(a) * largest <= 2.0**100
+    if not (largest * std >= 2.0**-100 and largest * farthest <= 2.0**100 and largest <= 2.0**100):
+        return False
+    size = abs(a) * largest
+    return a == 0.0 or 2.0**-100 * max(1.0, farthest) <= size <= 2.0**100
+
+
 def backward_coefficients(gamma, invstd, sum_dy, sum_dy_xmu, count):
     """(a, b, c) of dx = a * dy + b * (x - mean) + c, where sum_dy_xmu is the sum of dy * (x - mean).
 

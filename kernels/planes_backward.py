@@ -4,13 +4,20 @@ With g = dy where the ReLU passed and 0 elsewhere, a channel needs two sums, of 
 
     dx = A * g + B * (x - mean) + C,   dresidual = g,
 
-in float64 lanes for every dtype: float32 would lose the bound where B * (x - mean) is much larger than A * g, which takes one outlier.
+in float64 lanes for float32 too: float32 would lose the bound where B * (x - mean) is much larger than A * g, which takes one outlier.
+
+Of float16 and bfloat16, whose dx is rounded to 11 bits or 8, dx and its sums are computed in float32 lanes (`brief` is not None).
+Each 128 values, 8 a lane, are summed in float32 and then added to float64: that is 8 roundings of 6e-8 at most. x - mean is
+taken around the mean in float32; what that leaves out is put right in the sum, and in C. Beside the sums goes the largest g, which
+tells whether float32 has room for the products (`brief_products_hold` in formulas.py). What has not is computed again, in float64 lanes,
+before anything is written: dx may take the place of dy.
 
 Versions, in passes over memory (the floor is three):
 
 1. two sweeps over the whole tensors: five passes over memory, six with ordinary stores;
 2. channel by channel, so that the second sweep reads the cache, with streaming stores: three;
-3. `backward_planes`, the fused sweep, as in the forward: dx of one group of channels, sums of the next.
+3. `backward_planes`, the fused sweep, as in the forward: dx of one group of channels, sums of the next;
+4. float32 lanes for half types: 32x512x28x28 in 0.66 of the time in float64 lanes, 8x64x56x56 on one thread in 0.5 (float16; both in turn).
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
@@ -25,63 +32,101 @@ from fastbn.kernels.simd import (
     get_bits,
     joined,
     keep,
+    largest,
+    largest_lane,
     load,
+    load_like,
     load_some,
+    load_some_like,
     moved,
     only,
+    part_end,
+    part_of,
     plane,
     prefetch,
+    rounded,
     splat,
     store,
     store_some,
     stream,
     sum_lanes,
+    wide_unless,
+    with_part,
 )
 from fastbn.kernels.sums import load_sums, save_sums
+
+# A scalar of a scratch row, behind three vectors of sums: whether float32 lanes do not do for the channel.
+UNFIT = 3 * LANES
 
 # ------------------------------------------------------------------------------------------------------ sums over a plane
 
 
 @inline
-def gradient(dyp, mp, j):
-    """g: what the ReLU lets through of dy[j:j+16]."""
-    return load(dyp, j) if mp is None else only(load(dyp, j), get_bits(mp, j))
+def open_part(sums, like):
+    """(sum of g, sum of g * (x - mean), largest g) to go on with in lanes of `like`'s kind."""
+    return part_of(sums[0], like), part_of(sums[1], like), sums[2]
 
 
 @inline
-def gradient_some(dyp, mp, j, n):
-    return load_some(dyp, j, n) if mp is None else only(load_some(dyp, j, n), get_bits(mp, j))
+def close_part(sums, part):
+    """The sums with what the part has added."""
+    return with_part(sums[0], part[0]), with_part(sums[1], part[1]), part[2]
 
 
 @inline
-def add_products(sums, g, xmu, weight):
-    """Add to (sum of g, sum of g * (x - mean)). Under weights a masked x may be NaN: it counts only where g does."""
-    s, p, t = sums
+def gradient(dyp, mp, j, like):
+    """g: what the ReLU lets through of dy[j:j+16], in lanes of `like`'s kind."""
+    return load_like(dyp, j, like) if mp is None else only(load_like(dyp, j, like), get_bits(mp, j))
+
+
+@inline
+def gradient_some(dyp, mp, j, n, like):
+    return load_some_like(dyp, j, n, like) if mp is None else only(load_some_like(dyp, j, n, like), get_bits(mp, j))
+
+
+@inline
+def add_products(part, g, xmu, weight):
+    """Add to (sum of g, sum of g * (x - mean), largest g). Under weights a masked x may be NaN: it counts only where g does."""
+    s, p, t = part
     if weight is not None:
         xmu = only(xmu, bits_above_zero(g * g))
-    return s + g, p + g * xmu, t
+    return s + g, p + g * xmu, largest(t, g)
 
 
 @inline
-def reduce(xp, dyp, mp, weight, j, mean, low, sums):
-    return add_products(sums, gradient(dyp, mp, j), centre(xp, load(xp, j), mean, low), weight)
+def reduce(xp, dyp, mp, weight, j, mean, low, part):
+    return add_products(part, gradient(dyp, mp, j, mean), centre(xp, load_like(xp, j, mean), mean, low), weight)
 
 
 @inline
-def reduce_some(xp, dyp, mp, weight, j, n, mean, low, sums):
-    return add_products(sums, gradient_some(dyp, mp, j, n), keep(centre(xp, load_some(xp, j, n), mean, low), n), weight)
+def reduce_some(xp, dyp, mp, weight, j, n, mean, low, part):
+    xmu = keep(centre(xp, load_some_like(xp, j, n, mean), mean, low), n)
+    return add_products(part, gradient_some(dyp, mp, j, n, mean), xmu, weight)
+
+
+@inline
+def reduce_rest(xp, dyp, mp, weight, start, stop, mean, low, sums, part):
+    """Both sums over start..stop of a plane, with a part that has been begun."""
+    j = start
+    while j < stop:
+        full = part_end(j, mean)
+        end = min(full, stop)
+        while j + LANES <= end:
+            part = reduce(xp, dyp, mp, weight, j, mean, low, part)
+            j += LANES
+        if j < end:
+            part = reduce_some(xp, dyp, mp, weight, j, end - j, mean, low, part)
+            j = end
+        if j == full:
+            sums = close_part(sums, part)
+            part = open_part(sums, mean)
+    return close_part(sums, part)
 
 
 @inline
 def reduce_plane(xp, dyp, mp, weight, start, stop, mean, low, sums):
     """Both sums over start..stop of a plane."""
-    j = start
-    while j + LANES <= stop:
-        sums = reduce(xp, dyp, mp, weight, j, mean, low, sums)
-        j += LANES
-    if j < stop:
-        sums = reduce_some(xp, dyp, mp, weight, j, stop - j, mean, low, sums)
-    return sums
+    return reduce_rest(xp, dyp, mp, weight, start, stop, mean, low, sums, open_part(sums, mean))
 
 
 # ------------------------------------------------------------------------------------------------------------ dx of a plane
@@ -102,8 +147,9 @@ def slope(g, xmu, coefficients, w, frozen):
 @inline
 def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
     """dx[j:j+16], and dresidual where there is one; `streamed` only where both are equally aligned."""
-    g = gradient(dyp, mp, j)
-    xmu = apart(xp, load(xp, j), coefficients[0], coefficients[1])
+    mean, low = coefficients[0], coefficients[1]
+    g = gradient(dyp, mp, j, mean)
+    xmu = apart(xp, load_like(xp, j, mean), mean, low)
     v = slope(g, xmu, coefficients, w, frozen)
     if streamed:
         stream(dxp, j, v)
@@ -117,8 +163,9 @@ def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
 
 @inline
 def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
-    g = gradient_some(dyp, mp, j, n)
-    xmu = apart(xp, load_some(xp, j, n), coefficients[0], coefficients[1])
+    mean, low = coefficients[0], coefficients[1]
+    g = gradient_some(dyp, mp, j, n, mean)
+    xmu = apart(xp, load_some_like(xp, j, n, mean), mean, low)
     v = slope(g, xmu, coefficients, w, frozen)
     store_some(dxp, j, v, n)
     if drp is not None:
@@ -126,10 +173,18 @@ def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
 
 
 @inline
-def coefficient_vectors(xp, table, grads, c):
-    mean, low = splat(table[MEAN, c]), splat(table[LOW, c])
+def mean_vectors(table, c, lanes):
+    """The mean of a channel, and its second word."""
+    return rounded(splat(table[MEAN, c]), lanes), rounded(splat(table[LOW, c]), lanes)
+
+
+@inline
+def coefficient_vectors(xp, table, grads, c, brief):
+    lanes = wide_unless(brief)
+    mean, low = mean_vectors(table, c, lanes)
     a, b, d = splat(grads[COEF_A, c]), splat(grads[COEF_B, c]), splat(grads[COEF_C, c])
-    return mean, low, a, b, joined(xp, d, b, mean)
+    d = joined(xp, d, b, splat(table[MEAN, c]), brief)
+    return mean, low, rounded(a, lanes), rounded(b, lanes), rounded(d, lanes)
 
 
 @inline
@@ -160,18 +215,25 @@ def apply_and_reduce(
     j = head
     x_next, dy_next = ahead_of_run(x_ahead, left, x_after), ahead_of_run(dy_ahead, left, dy_after)
     turn = left - PREFETCH if left > PREFETCH else S
-    while j + LANES <= S:
-        while j + LANES <= S and i < turn:  # as in `normalise_and_gather`
+    part = open_part(sums, mean)
+    while j + LANES <= S:  # as in `normalise_and_gather`
+        if i >= turn:
+            x_next, dy_next, turn = moved(x_after, PREFETCH - left), moved(dy_after, PREFETCH - left), S
+        full = part_end(i, mean)
+        end = min(full, turn)
+        while j + LANES <= S and i < end:
             prefetch(x_next, i)
             prefetch(dy_next, i)
-            sums = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, sums)
+            part = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, part)
             apply(xp, dyp, dxp, drp, mp, load(wp, j), None, j, coefficients, streamed)
             i += LANES
             j += LANES
-        x_next, dy_next, turn = moved(x_after, PREFETCH - left), moved(dy_after, PREFETCH - left), S
+        if i == full:
+            sums = close_part(sums, part)
+            part = open_part(sums, mean)
     if j < S:
         apply_some(xp, dyp, dxp, drp, mp, load_some(wp, j, S - j), None, j, S - j, coefficients)
-    return reduce_plane(x_ahead, dy_ahead, m_ahead, weight, i, S, mean, low, sums)
+    return reduce_rest(x_ahead, dy_ahead, m_ahead, weight, i, S, mean, low, sums, part)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -183,19 +245,41 @@ def clear_sums(scratch, row):
     save_sums(scratch, row, (zero, zero, zero))
 
 
-def backward_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, N, S, table, grads, count, scratch, group, streamed):
+@inline
+def load_totals(scratch, row, lanes):
+    """The sums, and the largest g in the lanes that the gradient has."""
+    s, p, most = load_sums(scratch, row)
+    return s, p, rounded(most, lanes)
+
+
+@inline
+def wide_sums(x, dy, weight, mask, N, S, table, c):
+    """Both sums of channel c in float64 lanes."""
+    mean, low = mean_vectors(table, c, True)
+    zero = splat(0.0)
+    sums = (zero, zero, zero)
+    for n in range(N):
+        sums = reduce_plane(plane(x, n, c), plane(dy, n, c), plane(mask, n, c), weight, 0, S, mean, low, sums)
+    return sum_lanes(sums[0]), sum_lanes(sums[1])
+
+
+def backward_planes(
+    thread, first, last, x, dy, dx, dresidual, weight, mask, brief, N, S, table, grads, count, scratch, group, streamed,
+):  # fmt: skip
     """Training backward of the channels first..last: dx, dresidual, and the rows of grads.
 
-    The group of channels at hand is written while the next group is reduced.
+    The group of channels at hand is written while the next group is reduced. A channel that does not suit brief sums is reduced again,
+    and written, in float64 lanes.
     """
     mine = scratch[thread]
+    lanes = wide_unless(brief)
     # sums of the first group
     for c in range(first, min(first + group, last)):
         clear_sums(mine, c - first)
     for n in range(N):
         for c in range(first, min(first + group, last)):
-            mean, low, sums = splat(table[MEAN, c]), splat(table[LOW, c]), load_sums(mine, c - first)
-            mp = plane(mask, n, c)
+            mean, low = mean_vectors(table, c, lanes)
+            mp, sums = plane(mask, n, c), load_totals(mine, c - first, lanes)
             save_sums(mine, c - first, reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, 0, S, mean, low, sums))
 
     for start in range(first, last, group):
@@ -203,19 +287,35 @@ def backward_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, N, 
         # from sums to coefficients
         for c in range(start, stop):
             sums = load_sums(mine, c - start)
-            finish_channel_backward(table, grads, c, sum_lanes(sums[0]), sum_lanes(sums[1]), count, False)
+            s, p, most = sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
+            unfit = finish_channel_backward(table, grads, c, s, p, most, count, False, brief)
+            if brief is not None:  # by itself, so that Numba drops what follows where it is None
+                mine[c - start, UNFIT] = unfit
+                if unfit:
+                    s, p = wide_sums(x, dy, weight, mask, N, S, table, c)
+                    finish_channel_backward(table, grads, c, s, p, most, count, False, None)
             clear_sums(mine, c - start)
         # dx of this group, sums of the next
         for n in range(N):
             wp = plane(weight, n, 0)
             for c in range(start, stop):
                 xp, dyp, dxp = plane(x, n, c), plane(dy, n, c), plane(dx, n, c)
-                coefficients = coefficient_vectors(xp, table, grads, c)
                 drp, mp = plane(dresidual, n, c), plane(mask, n, c)
-                if c + group < last:
-                    a = c + group
+                a = c + group
+                if brief is not None:  # noqa: SIM102
+                    if mine[c - start, UNFIT]:
+                        apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficient_vectors(xp, table, grads, c, None), streamed)
+                        if a < last:
+                            mean, low = mean_vectors(table, a, lanes)
+                            sums = load_totals(mine, c - start, lanes)
+                            sums = reduce_plane(plane(x, n, a), plane(dy, n, a), plane(mask, n, a), weight, 0, S, mean, low, sums)
+                            save_sums(mine, c - start, sums)
+                        continue
+                coefficients = coefficient_vectors(xp, table, grads, c, brief)
+                if a < last:
                     ahead, dy_ahead, m_ahead = plane(x, n, a), plane(dy, n, a), plane(mask, n, a)
-                    mean, low, sums = splat(table[MEAN, a]), splat(table[LOW, a]), load_sums(mine, c - start)
+                    mean, low = mean_vectors(table, a, lanes)
+                    sums = load_totals(mine, c - start, lanes)
                     left = (min(stop + group, last) - a) * S
                     x_after, dy_after = plane(x, n + 1, start + group), plane(dy, n + 1, start + group)
                     sums = apply_and_reduce(
@@ -230,14 +330,16 @@ def backward_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, N, 
     return 0
 
 
-def reduce_planes(thread, first, last, x, dy, weight, mask, N, S, table, partial, planes_a_block, segment):
-    """Both sums of blocks first..last, into the first two numbers of a row of partial; blocks as in stats_planes."""
+def reduce_planes(thread, first, last, x, dy, weight, mask, brief, N, S, table, partial, planes_a_block, segment):
+    """Both sums of blocks first..last, and the largest g, into a row of partial; blocks as in stats_planes."""
     segments = (S + segment - 1) // segment
     blocks = partial.shape[1]
     for task in range(first, last):
         c, b = task // blocks, task % blocks
-        mean, low, zero = splat(table[MEAN, c]), splat(table[LOW, c]), splat(0.0)
-        sums = (zero, zero, zero)
+        lanes = wide_unless(brief)
+        mean, low = mean_vectors(table, c, lanes)
+        zero = splat(0.0)
+        sums = (zero, zero, rounded(zero, lanes))
         start = (b % segments) * segment
         stop = min(start + segment, S)
         n_first = b // segments * planes_a_block
@@ -246,10 +348,11 @@ def reduce_planes(thread, first, last, x, dy, weight, mask, N, S, table, partial
             sums = reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, start, stop, mean, low, sums)
         partial[c, b, 0] = sum_lanes(sums[0])
         partial[c, b, 1] = sum_lanes(sums[1])
+        partial[c, b, 2] = largest_lane(sums[2])
     return 0
 
 
-def apply_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, frozen, C, S, table, grads, segment, streamed):
+def apply_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, frozen, brief, C, S, table, grads, segment, streamed):
     """dx and dresidual from the rows COEF_A to COEF_C of grads, for segments first..last in memory order."""
     segments = (S + segment - 1) // segment
     for task in range(first, last):
@@ -259,7 +362,7 @@ def apply_planes(thread, first, last, x, dy, dx, dresidual, weight, mask, frozen
         n = task // segments // C
         drp, mp, wp = plane(dresidual, n, c), plane(mask, n, c), plane(weight, n, 0)
         xp = plane(x, n, c)
-        coefficients = coefficient_vectors(xp, table, grads, c)
+        coefficients = coefficient_vectors(xp, table, grads, c, brief)
         apply_plane(xp, plane(dy, n, c), plane(dx, n, c), drp, mp, wp, frozen, start, stop, coefficients, streamed)
     if streamed:
         fence()

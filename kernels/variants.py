@@ -24,6 +24,7 @@ FIXED = {
     "wide": types.boolean,
     "constant": types.boolean,
     "force": types.boolean,
+    "brief": types.boolean,
     "limit": types.float64,
     "table": types.float64[:, ::1],
     "partial": types.float64[:, :, ::1],
@@ -35,7 +36,7 @@ FIXED = {
     "count": types.float64,
     "grads": types.float64[:, ::1],
 }
-OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen", "wide")
+OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen", "wide", "brief")
 
 
 def tensor(dtype):

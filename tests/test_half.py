@@ -186,6 +186,52 @@ def test_nan_stays_in_its_channel(half):
     assert np.isfinite(np.delete(y, 2, axis=1)).all()
 
 
+# bfloat16 reaches as far as float32: magnitudes of x and dy, gamma, eps of a channel that float32 lanes get wrong in the backward.
+UNFIT = {
+    "products with dy overflow": (1e25, 1e20, 1.0, 1e-5),
+    "products with dy vanish": (1e-25, 1e-25, 1.0, 1e-60),
+    "the slope vanishes": (1e25, 1e-10, 1.0, 1e-5),
+    "gamma * invstd * dy overflows": (1.0, 1e38, 0.1, 1e-5),
+    "dy vanishes beside x": (1e15, 1e-36, 1e17, 1e-5),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("layout", ["contiguous", "axis -1"])
+@pytest.mark.parametrize("shape", [(6, 20, 7, 7), (40, 40, 5, 3), (3, 12, 27, 33), (3, 2, 27, 33), (64, 50)], ids=str)
+def test_backward_of_channels_that_float32_does_not_reach(shape, layout, case):
+    """One channel among others that fit, on every road; also where dx takes dy's place, so that nothing can be done twice."""
+    size, dy_size, g, eps = UNFIT[case]
+    bad = shape[1] // 2
+    x, dy = (inputs.normal(shape, np.float64, seed) for seed in (0, 1))
+    x[:, bad] *= size
+    dy[:, bad] = dy_size * np.clip(dy[:, bad], -2, 2)
+    gamma = np.ones(shape[1])  # float64, as dgamma may be too large for float32
+    gamma[bad] = g
+    (x, axis), (dy, _) = (inputs.arrange(layout, v.astype(ml_dtypes.bfloat16)) for v in (x, dy))
+    _, ctx = fastbn.batch_norm_forward(x, gamma, None, axis=axis, eps=eps)
+    exact = reference.backward(dy, x, gamma, axis=axis, eps=eps)
+    dx, dgamma, _ = fastbn.batch_norm_backward(dy, ctx)
+    assert_rounded_once(dx, exact.dx, "bfloat16", reference.per_channel(exact.dx_scale, x.ndim, axis), "dx")
+    assert (np.abs(dgamma - exact.dgamma) <= 1e-6 * exact.dgamma_scale).all()
+    here = fastbn.batch_norm_backward(dy, ctx, out=dy)[0]
+    assert here is dy
+    assert checks.same_bits(here, dx)
+
+
+@HALF
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_dy_that_is_not_finite_stays_in_its_channel(value, half):
+    (x, _), (dy, _) = (arranged((6, 12, 27, 33), half, "contiguous", seed) for seed in (0, 1))
+    _, ctx = fastbn.batch_norm_forward(x)
+    clean = np.asarray(fastbn.batch_norm_backward(dy, ctx)[0], np.float32)
+    dy[1, 5, 3, 4] = value
+    dx = np.asarray(fastbn.batch_norm_backward(dy, ctx)[0], np.float32)
+    assert np.isnan(dx[:, 5]).any()
+    assert not np.isfinite(dx[:, 5]).all(axis=(1, 2)).any()
+    np.testing.assert_array_equal(np.delete(dx, 5, axis=1), np.delete(clean, 5, axis=1))
+
+
 @HALF
 def test_moments(half):
     x, _ = arranged((40, 6, 5, 7), half, "contiguous", shift=30.0)

@@ -186,7 +186,7 @@ def test_centring_and_its_other_half(name):
     def line(x, mean, low, slope, c, out):
         v = simd.apart(x, simd.load(x, 0), simd.load(mean, 0), simd.load(low, 0))
         m, s = simd.load(mean, 0), simd.load(slope, 0)
-        simd.store(out, 0, s * v + simd.joined(x, simd.load(c, 0), s, m))
+        simd.store(out, 0, s * v + simd.joined(x, simd.load(c, 0), s, m, None))
 
     double = Pointer(types.float64)
     rng = np.random.default_rng(6)
@@ -198,6 +198,85 @@ def test_centring_and_its_other_half(name):
     compiled(line, Pointer(element), double, double, double, double, double)(x, mean, low, slope, c, out)
     exact = slope * (x.astype(np.longdouble) - mean - low) + c
     np.testing.assert_allclose(out, exact.astype(np.float64), rtol=0, atol=1e-12 if name != "float64" else 2e-14)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_centring_in_float32_lanes(name):
+    """There `apart` subtracts the mean in float32, and `joined` puts right what that leaves out."""
+    dtype, element = DTYPES[name]
+
+    def line(x, mean, slope, c, out, dark):
+        m = simd.rounded(simd.load(mean, 0), None)
+        v = simd.apart(x, simd.load_like(x, 0, m), m, m)
+        simd.store(out, 0, v)
+        simd.store(dark, 0, simd.joined(x, simd.load(c, 0), simd.load(slope, 0), simd.load(mean, 0), True))
+
+    double = Pointer(types.float64)
+    rng = np.random.default_rng(6)
+    x = (1000 + rng.standard_normal(LANES)).astype(dtype)
+    mean, slope, c = rng.standard_normal((3, LANES))
+    mean += 1000
+    out, constant = np.empty((2, LANES))
+    compiled(line, Pointer(element), double, double, double, double, double)(x, mean, slope, c, out, constant)
+    near = mean.astype(np.float32)
+    np.testing.assert_array_equal(out, x.astype(np.float32) - near)
+    np.testing.assert_allclose(slope * out + constant, slope * (x.astype(np.float64) - mean) + c, rtol=0, atol=1e-12)
+
+
+@WIDE
+@pytest.mark.parametrize("name", DTYPES)
+def test_loads_in_the_lanes_of_another_vector(name, wide):
+    dtype, element = DTYPES[name]
+    if (name, wide) == ("float64", None):
+        pytest.skip("float64 is never read into float32 lanes")
+
+    def use(a, zeros, out, n, wide):
+        like = simd.rounded(simd.load(zeros, 0), wide)
+        simd.store(out, 0, simd.load_like(a, 1, like))
+        simd.store(out, 16, simd.load_some_like(a, 0, n, like))
+
+    double = Pointer(types.float64)
+    a = np.random.default_rng(1).standard_normal(LANES + 1).astype(dtype)
+    out = np.empty((2, LANES))
+    compiled(use, Pointer(element), double, double, I64, wide_type(wide))(a, np.zeros(LANES), out, 3, wide)
+    np.testing.assert_array_equal(out[0], a[1:].astype(np.float64))
+    np.testing.assert_array_equal(out[1], np.where(np.arange(LANES) < 3, a[:-1].astype(np.float64), 0))
+
+
+@pytest.mark.parametrize("brief", [None, True], ids=["float64 sums", "brief sums"])
+def test_parts_of_sums(brief):
+    """In float32 lanes a part starts from 0, ends every 128 values and is added; in float64 lanes it is the sum itself."""
+
+    def use(total, values, out, scalars, brief):
+        lanes = simd.wide_unless(brief)
+        v = simd.rounded(simd.load(values, 0), lanes)
+        part = simd.part_of(simd.load(total, 0), v)
+        part += v
+        simd.store(out, 0, part)
+        simd.store(out, 16, simd.with_part(simd.load(total, 0), part))
+        most = simd.largest(simd.rounded(simd.splat(2.0), lanes), v)
+        simd.store(out, 32, most)
+        simd.put(scalars, 0, simd.largest_lane(most))
+        simd.put(scalars, 1, simd.part_end(0, v) + 0.0)
+        simd.put(scalars, 2, simd.part_end(127, v) + 0.0)
+        simd.put(scalars, 3, simd.part_end(128, v) + 0.0)
+
+    double = Pointer(types.float64)
+    total, values = np.random.default_rng(2).standard_normal((2, LANES))
+    values[3], values[5] = np.nan, -100
+    out, scalars = np.empty((3, LANES)), np.empty(4)
+    compiled(use, double, double, double, double, wide_type(brief))(total, values, out, scalars, brief)
+    if brief:
+        values = values.astype(np.float32)
+        np.testing.assert_array_equal(out[0], values)
+        np.testing.assert_array_equal(out[1], total + values)
+        np.testing.assert_array_equal(out[2], np.fmax(2, np.abs(values)))
+        np.testing.assert_array_equal(scalars, [100, 128, 128, 256])
+    else:
+        np.testing.assert_array_equal(out[0], total + values)
+        np.testing.assert_array_equal(out[1], total + values)
+        np.testing.assert_array_equal(out[2], 2)
+        assert (scalars[1:] > 1e18).all()
 
 
 def test_weights_of_whole_rows():

@@ -8,6 +8,7 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``load(p, i)``                   lanes p[i:i+16]
 ``load_some(p, i, n)``           lanes p[i:i+n], the others 0; touches no other memory
 ``read``, ``read_some``          the same in float32 lanes, or float64 where the last argument is not None
+``load_like``, ``load_some_like`` the same in lanes of the kind of the last argument
 ``rounded(v, wide)``             float64 lanes as float32 lanes, or as they are where `wide` is not None
 ``lanes_memory(p, wide)``        workspace of float64, or the same as float32, for such lanes
 ``bias(beta, mean, m, scale, w)`` beta - (mean - m) * scale for float32 lanes, which subtract m; beta if `w` is not None
@@ -17,6 +18,8 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``splat(s)``                     sixteen copies of a scalar
 ``a + b``, ``a - b``, ``a * b``  lane by lane; a * b + c contracts to one FMA where the CPU has it
 ``sum_lanes(v)``                 sum in a fixed tree: the same bits everywhere
+``part_of``, ``with_part``       sums in float32 lanes, added to float64 lanes at each `part_end`
+``largest(m, v)``                the larger of m and abs(v) in float32 lanes; ``largest_lane(v)`` a scalar
 ``centre(p, v, mean, low)``      v - mean, and for p in float64 also - low: the mean as two words
 ``apart(p, v, mean, low)``       the same of float64, v of narrower values; ``joined`` makes the constant term fit
 ``two_words(tensor)``            whether these need the second word, so that p is float64
@@ -45,10 +48,16 @@ from fastbn.kernels.simd.arithmetic import (
     centre,
     joined,
     keep,
+    largest,
+    largest_lane,
+    part_end,
+    part_of,
     rounded,
     splat,
     sum_lanes,
     two_words,
+    wide_unless,
+    with_part,
 )
 from fastbn.kernels.simd.elements import (
     bits_above_zero,
@@ -64,7 +73,9 @@ from fastbn.kernels.simd.memory import (
     lanes_memory,
     lanes_to_boundary,
     load,
+    load_like,
     load_some,
+    load_some_like,
     moved,
     plane,
     prefetch,
@@ -105,10 +116,16 @@ __all__ = [
     "keep",
     "lanes_memory",
     "lanes_to_boundary",
+    "largest",
+    "largest_lane",
     "load",
+    "load_like",
     "load_some",
+    "load_some_like",
     "moved",
     "only",
+    "part_end",
+    "part_of",
     "plane",
     "prefetch",
     "put",
@@ -125,4 +142,6 @@ __all__ = [
     "sum_lanes",
     "two_words",
     "vectors",
+    "wide_unless",
+    "with_part",
 ]

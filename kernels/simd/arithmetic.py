@@ -4,6 +4,7 @@ import operator
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic
@@ -11,7 +12,9 @@ from numba.extending import intrinsic
 from fastbn.kernels.simd.types import (
     F32,
     F64,
+    I1,
     I32,
+    I64,
     LANES,
     absent_gives_none,
     constant,
@@ -22,6 +25,17 @@ from fastbn.kernels.simd.types import (
     spread,
     vector_of,
 )
+
+
+def _fold(builder, value, join):
+    """One lane from all: the lower half joined with the upper, until one is left."""
+    n = LANES
+    while n > 1:
+        n //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        low, high = (ir.Constant(ir.VectorType(I32, n), list(range(k, k + n))) for k in (0, n))
+        value = join(builder.shuffle_vector(value, undefined, low), builder.shuffle_vector(value, undefined, high))
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 @intrinsic
@@ -36,6 +50,14 @@ def splat(typingctx, s):
 
 
 @intrinsic
+def wide_unless(typingctx, brief):
+    """The argument `wide` of lanes for sums: None, for float32 lanes, where sums are brief, else True."""
+    if isinstance(brief, types.NoneType):
+        return types.boolean(brief), lambda context, builder, sig, args: ir.Constant(I1, True)
+    return types.none(brief), lambda context, builder, sig, args: context.get_dummy_value()
+
+
+@intrinsic
 def rounded(typingctx, v, wide):
     """float64 lanes as float32 lanes, or as they are where `wide` is not None."""
 
@@ -43,6 +65,67 @@ def rounded(typingctx, v, wide):
         return args[0] if sig.return_type == f64x16 else builder.fptrunc(args[0], vector_of(F32))
 
     return lanes(wide)(v, wide), codegen
+
+
+@intrinsic
+def largest(typingctx, m, v):
+    """Lane by lane the larger of m and abs(v), m where v is NaN. Only float32 lanes ask: of float64 it is m."""
+
+    def codegen(context, builder, sig, args):
+        if sig.args[1] == f64x16:
+            return args[0]
+        kind = args[1].type
+        magnitude = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), f"llvm.fabs.v{LANES}f32")
+        size = builder.call(magnitude, [args[1]])
+        return builder.select(builder.fcmp_ordered(">", size, args[0]), size, args[0])
+
+    return m(m, v), codegen
+
+
+@intrinsic
+def part_of(typingctx, total, like):
+    """What lanes of `like`'s kind start from to go on with a sum: 0 in float32 lanes, in float64 lanes the sum itself."""
+
+    def codegen(context, builder, sig, args):
+        return args[0] if sig.args[1] == f64x16 else constant(F32, 0.0)
+
+    return like(total, like), codegen
+
+
+@intrinsic
+def with_part(typingctx, total, part):
+    """The sum after that: the total and the part in float32 lanes, or the part, which holds all."""
+
+    def codegen(context, builder, sig, args):
+        if sig.args[1] == f64x16:
+            return args[1]
+        return builder.fadd(args[0], builder.fpext(args[1], vector_of(F64)))
+
+    return total(total, part), codegen
+
+
+@intrinsic
+def part_end(typingctx, i, like):
+    """The index behind i at which a part is added to the sum: every 8 vectors in float32 lanes, never in float64 lanes."""
+
+    def codegen(context, builder, sig, args):
+        if sig.args[1] == f64x16:
+            return ir.Constant(I64, 1 << 62)
+        length = 8 * LANES
+        return builder.add(builder.and_(args[0], ir.Constant(I64, -length)), ir.Constant(I64, length))
+
+    return types.int64(types.int64, like), codegen
+
+
+@intrinsic
+def largest_lane(typingctx, v):
+    """The largest lane of v, in which none is NaN."""
+
+    def codegen(context, builder, sig, args):
+        most = _fold(builder, args[0], lambda low, high: builder.select(builder.fcmp_ordered(">", low, high), low, high))
+        return most if sig.args[0] == f64x16 else builder.fpext(most, F64)
+
+    return types.float64(v), codegen
 
 
 @intrinsic
@@ -86,27 +169,33 @@ def two_words(typingctx, tensor):
 
 @intrinsic
 def apart(typingctx, p, v, mean, low):
-    """v - mean of values loaded from float64, v of anything narrower: there `joined` has the mean in a constant term."""
+    """v - mean of values loaded from float64, and in float32 lanes; v of others: there `joined` has the mean in a constant term."""
 
     def codegen(context, builder, sig, args):
-        return builder.fsub(builder.fsub(args[1], args[2]), args[3]) if sig.args[0].dtype == types.float64 else args[1]
+        if sig.args[0].dtype == types.float64:
+            return builder.fsub(builder.fsub(args[1], args[2]), args[3])
+        return builder.fsub(args[1], args[2]) if sig.args[1] == f32x16 else args[1]
 
     return v(p, v, mean, low), codegen
 
 
 @intrinsic
-def joined(typingctx, p, c, slope, mean):
+def joined(typingctx, p, c, slope, mean, brief):
     """c of slope * (v - mean) + c, made to fit `apart`: c - slope * mean for values narrower than float64.
 
     What cancels then is 2**24 times the result at most, as far as a mean of float32 values can lie from them: 1e-9 of it is lost.
+    In float32 lanes (`brief` is not None) it is what rounding the mean leaves out.
     """
 
     def codegen(context, builder, sig, args):
         if sig.args[0].dtype == types.float64:
             return args[1]
-        return builder.fsub(args[1], builder.fmul(args[2], args[3]))
+        left = args[3]
+        if not isinstance(sig.args[4], types.NoneType):
+            left = builder.fsub(left, builder.fpext(builder.fptrunc(left, vector_of(F32)), vector_of(F64)))
+        return builder.fsub(args[1], builder.fmul(args[2], left))
 
-    return c(p, c, slope, mean), codegen
+    return c(p, c, slope, mean, brief), codegen
 
 
 @intrinsic
@@ -124,13 +213,7 @@ def sum_lanes(typingctx, v):
     """Sum of the lanes, halves added to halves: a fixed tree, so the same bits on every CPU."""
 
     def codegen(context, builder, sig, args):
-        value, n = args[0], LANES
-        while n > 1:
-            n //= 2
-            undefined = ir.Constant(value.type, ir.Undefined)
-            low, high = (ir.Constant(ir.VectorType(I32, n), list(range(k, k + n))) for k in (0, n))
-            value = builder.fadd(builder.shuffle_vector(value, undefined, low), builder.shuffle_vector(value, undefined, high))
-        return builder.extract_element(value, ir.Constant(I32, 0))
+        return _fold(builder, args[0], builder.fadd)
 
     return types.float64(v), codegen
 

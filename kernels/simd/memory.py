@@ -101,6 +101,18 @@ def read_some(typingctx, p, i, n, wide):
 
 
 @intrinsic
+def load_like(typingctx, p, i, v):
+    """p[i:i+16] in lanes of v's kind."""
+    return v(p, types.int64, v), _load(v)
+
+
+@intrinsic
+def load_some_like(typingctx, p, i, n, v):
+    """p[i:i+n] in lanes of v's kind, zeros behind."""
+    return v(p, types.int64, types.int64, v), _load(v)
+
+
+@intrinsic
 def store(typingctx, p, i, v):
     """p[i:i+16] = v, rounded once."""
 
