@@ -11,6 +11,7 @@ Between the steps the caller exchanges O(C) numbers with whatever it likes. Toge
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -121,10 +122,10 @@ def batch_norm_forward_apply(
                 "sample_weight has weights other than 0 and 1, for which the moments do not tell the n of n / (n - 1): pass "
                 "effective_count=sum(w)**2 / sum(w**2) over all parts, or unbiased=False"
             )
-    if mean is not None and unbiased and moments.count and not n > 1.0:
+    if mean is not None and unbiased and moments.count and not 1.0 < n < math.inf:
         raise ValueError(
-            f"effective_count is {n}; the factor n / (n - 1) of running_var needs more than 1: pass unbiased=False, or no "
-            "running statistics"
+            f"effective_count is {n}; the factor n / (n - 1) of running_var needs a finite n of more than 1: pass "
+            "unbiased=False, or no running statistics"
         )
     if x.size:
         y, mask = cpu.normalise(x_native, frame, table, eps, True, relu, relu, residual, None, written, x.dtype)

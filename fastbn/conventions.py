@@ -192,15 +192,14 @@ def read_state(
     return convention, state
 
 
-def _cast(key: str, array: np.ndarray[Any, np.dtype[np.float64]], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """float64 in another dtype; ValueError where that cannot hold it."""
+def _cast(key: str, array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Numbers in another dtype; ValueError where that cannot hold them."""
     with np.errstate(all="ignore"):
         cast = array.astype(dtype)
     lost = np.isfinite(array) & ~np.isfinite(cast)
     if lost.any():
-        raise ValueError(
-            f"{key} has values as large as {abs(array[lost]).max():.3g}, which {dtype} cannot hold: use a layer of dtype=np.float64"
-        )
+        advice = ": use a layer of dtype=np.float64" if dtype == np.float32 else ""
+        raise ValueError(f"{key} has values as large as {abs(array[lost]).max()!s}, which {dtype} cannot hold{advice}")
     return cast
 
 
@@ -224,7 +223,7 @@ def _to_numpy(name: str, value: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     # kind V with a cast to float64 is bfloat16 as ml_dtypes registers it
     if array.dtype.kind not in "fiuV" or not np.can_cast(array.dtype, np.float64, "same_kind"):
         raise TypeError(f"{name} has dtype {array.dtype}; it must be an array of real numbers")
-    return array.astype(np.float64)
+    return _cast(name, array, np.dtype(np.float64))
 
 
 def _flatten(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

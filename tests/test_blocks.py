@@ -271,6 +271,8 @@ def test_real_weights_need_an_effective_count():
         fastbn.batch_norm_forward_apply(X, m, None, None, *running, sample_weight=w)
     with pytest.raises(ValueError, match="effective_count is 1"):
         fastbn.batch_norm_forward_apply(X, m, None, None, *running, sample_weight=w, effective_count=1)
+    with pytest.raises(ValueError, match="effective_count is inf"):
+        fastbn.batch_norm_forward_apply(X, m, None, None, *running, sample_weight=w, effective_count=np.inf)
     assert running[0].tolist() == [0, 0, 0]
     fastbn.batch_norm_forward_apply(X, m, None, None, *running, sample_weight=w, unbiased=False)
     assert running[0].any()
