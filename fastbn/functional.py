@@ -135,7 +135,8 @@ def batch_norm_forward(
         if weights is not None:
             if weights.positive < 2:
                 raise checks.too_few_weights(weights.positive, x, axis)
-            count, effective = weights.total, weights.effective
+            count = weights.total
+            effective = weights.effective if unbiased and mean is not None else count
         elif count == 1:
             raise checks.one_value_per_channel(x.shape, axis)
     else:

@@ -25,6 +25,8 @@ LINE = 64
 # Where in a channel the three values lie whose median is the shift of its moments, as shares of its length. They are irregular, as data is
 # not: the first, middle and last value of an image are its border and its centre.
 PLACES = np.array([0.303, 0.917, 0.539])
+# Weights that are counted at a time, to find those places among the positive ones.
+COUNTED = 4096
 
 
 class Frame:
@@ -92,16 +94,25 @@ class Weights:
 
     For columns the S positions of a row are followed by their first sixteen (again and again, if there are fewer).
 
-    And their sum over all positions, how many are positive, their effective number sum(w)**2 / sum(w**2), and three places (n, s)
-    where they are positive. `kind` is the name of the optional argument that they are.
+    And their sum over all positions, how many are positive, and three places (n, s) where they are positive. `kind` is the name of the
+    optional argument that they are. `values` are the weights without these repetitions, each for `times` positions.
     """
 
     array: Array
     kind: str
     total: float
     positive: int
-    effective: float
     points: tuple[tuple[int, int], ...]
+    values: Array
+    times: int
+
+    @cached_property
+    def effective(self) -> float:
+        """Their effective number, sum(w)**2 / sum(w**2)."""
+        largest = float(self.values.max(initial=0.0)) or 1.0
+        part = self.values / largest  # squares of these neither overflow nor vanish
+        np.square(part, out=part)
+        return (self.total / largest) ** 2 / (self.times * float(part.sum()) or 1.0)
 
 
 def address(a: Array) -> int:
@@ -155,6 +166,25 @@ def writable(out: Array | None, dtype: np.dtype[Any], f: Frame) -> tuple[Array, 
     return out, (made, *f.fresh_strides), made
 
 
+def _positive(weights: Array) -> tuple[int, list[int]]:
+    """How many weights are positive, and where three of them are, at `PLACES` among them; 0 where there are none.
+
+    The list of all such places, eight bytes each, is never made: of 32x56x56 weights it took 0.2 ms and more.
+    """
+    positive = weights > 0.0
+    ends = np.cumsum([np.count_nonzero(positive[k : k + COUNTED]) for k in range(0, positive.size, COUNTED)])
+    count = int(ends[-1]) if positive.size else 0
+    if count == 0:
+        return 0, [0] * len(PLACES)
+    chosen = []
+    for rank in (PLACES * count).astype(np.intp):  # how many come before
+        piece = int(np.searchsorted(ends, rank, side="right"))
+        start = piece * COUNTED
+        before = int(ends[piece - 1]) if piece else 0
+        chosen.append(start + int(np.flatnonzero(positive[start : start + COUNTED])[rank - before]))
+    return count, chosen
+
+
 def weights_of(sample_weight: Array, f: Frame) -> Weights:
     """Checked weights, (N,) or x's shape without the channel axis, in the order of the plan.
 
@@ -170,22 +200,20 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
         sample_weight = layout.weights_in_order(np, sample_weight, f.shape, f.axis, p.order)
     array: Array = np.ascontiguousarray(sample_weight, dtype=np.float64).reshape(-1)
     times = math.prod(shape[1:]) if by_sample else 1  # positions that share a weight
-    where = np.flatnonzero(array)
-    chosen = where[(PLACES * len(where)).astype(np.intp)] if len(where) else np.zeros(3, np.intp)
+    positive, chosen = _positive(array)
     points = tuple(divmod(int(k) * times, max(p.S, 1)) for k in chosen)
     with np.errstate(over="ignore"):
         total = times * float(array.sum())
     if not total < math.inf:
         raise ValueError("sample_weight has a sum beyond the range of float64; divide the weights by their largest")
-    part = array / (array.max(initial=0.0) or 1.0)  # of the largest: squares of these neither overflow nor vanish
-    effective = times * float(part.sum()) ** 2 / (float(np.square(part).sum()) or 1.0)
+    values = array
     if by_sample:
         array = np.repeat(array, p.N // max(array.size, 1))
     elif p.S > 1:
         array = array.reshape(p.N, p.S)
         if p.family == "columns":
             array = np.take(array, np.arange(p.S + layout.LANES) % p.S, axis=1)
-    return Weights(array, "weight" if array.ndim == 2 else "row_weight", total, times * len(where), effective, points)
+    return Weights(array, "weight" if array.ndim == 2 else "row_weight", total, times * positive, points, values, times)
 
 
 def streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
