@@ -47,6 +47,7 @@ from fastbn.kernels.simd import (
     row,
     splat,
     store,
+    sum_lanes,
     vectors,
 )
 from fastbn.kernels.strips import (
@@ -98,14 +99,17 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
 
 @inline
 def total_weight(weight, first, last, S):
-    total = 0.0
-    for r in range(first, last):
-        if by_row(weight):
+    """The weights of rows first..last of one channel. In lanes: one number after another took a fifth of the forward of 32x2048x7x7."""
+    if by_row(weight):
+        total = 0.0
+        for r in range(first, last):
             total += get(row(weight, r, 0), 0) * S
-        else:
-            for s in range(S):
-                total += get(row(weight, r, s), 0)
-    return total
+        return total
+    sums = splat(0.0)
+    for r in range(first, last):
+        for s in range(0, S, LANES):
+            sums += load_some(row(weight, r, 0), s, S - s)
+    return sum_lanes(sums)
 
 
 @inline
