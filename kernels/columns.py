@@ -42,6 +42,7 @@ from fastbn.kernels.simd import (
     load_some,
     moved,
     prefetch,
+    prefetch_once,
     put,
     read,
     row,
@@ -206,7 +207,7 @@ def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, x_ahe
         j += head
     while j + LANES <= width:
         prefetch(x_ahead, j)
-        prefetch(r_ahead, j)
+        prefetch_once(r_ahead, j)
         carry = normalise(xp, yp, rp, mp, relu, wide, j, constants_at(rows, j, wide), streamed, carry)
         j += LANES
     if j < width:

@@ -265,20 +265,32 @@ def lanes_memory(typingctx, p, wide):
     return p(p, wide), lambda context, builder, sig, args: args[0]
 
 
-@intrinsic
-@absent_gives_none
-def prefetch(typingctx, p, i):
-    """Ask for the cache line of p[i]; never faults. Of None: nothing."""
+def _prefetch(p, locality):
+    """Signature and code of a prefetch; LLVM's locality is 2 for L2, 0 for what is read once."""
 
     def codegen(context, builder, sig, args):
         byte = builder.gep(args[0], [args[1]], source_etype=ELEMENTS[sig.args[0].dtype])
         byte = builder.bitcast(byte, ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
-        hint = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, into L2, data
+        hint = [ir.Constant(I32, value) for value in (0, locality, 1)]  # read, where to, data
         builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [byte, *hint])
         return context.get_dummy_value()
 
     return types.void(p, types.int64), codegen
+
+
+@intrinsic
+@absent_gives_none
+def prefetch(typingctx, p, i):
+    """Ask for the cache line of p[i]; never faults. Of None: nothing."""
+    return _prefetch(p, 2)
+
+
+@intrinsic
+@absent_gives_none
+def prefetch_once(typingctx, p, i):
+    """The same for a line that is read once, and need not displace others from L2 and L3."""
+    return _prefetch(p, 0)
 
 
 @intrinsic
