@@ -138,7 +138,7 @@ def normalise(
     y, y_tensor, made = writable(out, dtype, f)
     mask = np.empty(mask_shape(p)[0], np.uint16) if with_mask else None
     threads = dispatch.threads_for(f.size)
-    s = f.schedules[0]
+    s = f.schedules[0] if residual is None else f.residual_schedule
     job = _job(s, threads, weights)
     job.update(
         x=x_tensor,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import dispatch, layout
+from fastbn.dispatch import Schedule
 from fastbn.layout import Plan
 
 Array = NDArray[Any]
@@ -61,6 +62,11 @@ class Frame:
         if a.strides not in known:
             known[a.strides] = layout.tensor_strides(self.plan, self.axis, a.shape, a.strides, a.itemsize)
         return known[a.strides]
+
+    @cached_property
+    def residual_schedule(self) -> Schedule:
+        """For a forward with a residual."""
+        return dispatch.schedule(self.plan, self.itemsize, 1, residual=True)
 
     @cached_property
     def points(self) -> tuple[tuple[int, int], ...]:
