@@ -138,7 +138,7 @@ def normalise(
     y, y_tensor, made = writable(out, dtype, f)
     mask = np.empty(mask_shape(p)[0], np.uint16) if with_mask else None
     threads = dispatch.threads_for(f.size)
-    s = f.schedules[0] if residual is None else f.residual_schedule
+    s = f.schedules[1, residual is not None, not given]
     job = _job(s, threads, weights)
     job.update(
         x=x_tensor,
@@ -169,7 +169,7 @@ def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     x_tensor = readable(x, f)
     table = parameter_table(p.C, None, None)
     threads = dispatch.threads_for(f.size)
-    s = f.schedules[0]
+    s = f.schedules[1, False, False]
     job = _job(s, threads, weights)
     job.update(x=x_tensor, table=table, eps=1.0, partial=np.empty(s.partial), points=_points(f, x_tensor, weights))
     dispatch.run("moments", p, s, "sweeps", f.dtype, present_arguments(None, _kind(weights), None, False), job, threads)
@@ -217,7 +217,7 @@ def backward(
     """(dx, the backward's table, dresidual or None)."""
     f, p = state.frame, state.frame.plan
     threads = dispatch.threads_for(f.size)
-    s = f.schedules[1]
+    s = f.schedules[2, False, not frozen]
     weights = None if frozen else state.weights
     state = State(f, state.table, state.mask, weights)
     job, grads = _backward_job(dy, x, state, threads, s)
@@ -236,7 +236,7 @@ def reduce(dy: Array, x: Array, state: State) -> Array:
     """The backward's table with SUM_DY and SUM_DY_XMU of this part of a batch."""
     f, p = state.frame, state.frame.plan
     threads = dispatch.threads_for(f.size)
-    s = f.schedules[1]
+    s = f.schedules[2, False, False]
     job, grads = _backward_job(dy, x, state, threads, s)
     job.update(count=1.0, constant=True)
     dispatch.run("reduce", p, s, "sweeps", f.dtype, present_arguments(None, _kind(state.weights), state.mask, False), job, threads)
@@ -249,7 +249,7 @@ def apply(
     """dx and dresidual from sums over the whole batch, of which this is a part."""
     f, p = state.frame, state.frame.plan
     threads = dispatch.threads_for(f.size)
-    s = f.schedules[1]
+    s = f.schedules[2, False, False]
     job, grads = _backward_job(dy, x, state, threads, s)
     job["partial"] = np.stack([*sums, *sums], axis=1)[:, None, :].copy()
     dx, dresidual, unfinished = _gradients(job, out, x.dtype, f, with_residual)

@@ -3,7 +3,7 @@
 The key is (operation, family, road). A road says how memory is crossed:
 
 - ``channels``: planes, one group of channels after another; the second sweep reads the cache;
-- ``strips``: the same for columns with short planes;
+- ``strips``: the same for columns with short planes, or with few rows;
 - ``sweeps``: the whole array once for the statistics, once for the output: channels last, a few huge channels, inference.
 
 A step names a kernel and what it is split into. Kernels take their arguments by name from one dictionary, the `Job`.
@@ -73,6 +73,10 @@ TABLE: Mapping[tuple[str, str, str], tuple[str, ...]] = {
 CACHE = 300 << 10
 # Values whose moments are summed before they are merged. It bounds how far a naive sum can drift, and costs one merge in 65,536.
 BLOCK = 1 << 16
+# What a strip of channels last may fill of the L2 cache, so that its rows are read from memory once; and the fewest channels that are
+# worth it, as memory is read in runs of their length. On 2 threads the forward of (512, 2048) takes 0.7 of the time of two sweeps, the
+# backward 0.75; of (256, 4096) 0.75 and 0.7; of (1024, 1024) 0.85 and 0.8 to 1; the forward of (1568, 2048) 0.8.
+STRIP, NARROWEST = 640 << 10, 64
 # Columns of a strip of short planes, where constants are float32 lanes, and where they are float64 lanes, which would leave the L1 cache:
 # for float64, in the backward, and with a residual. These with 2048 columns too take 1.14 times as long (forward of 32x2048x7x7 with a
 # residual; 1.3 times of 32x832x10x10), the backward of 16x2048x7x7 1.29 times; float32 lanes with 1024 columns 1.05 times (32x1024x14x14).
@@ -128,13 +132,14 @@ class Schedule:
 
 
 @lru_cache(maxsize=4096)
-def schedule(p: Plan, itemsize: int, tensors: int, residual: bool = False) -> Schedule:
+def schedule(p: Plan, itemsize: int, tensors: int, residual: bool = False, training: bool = True) -> Schedule:
     """The schedule for a plan; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward.
 
-    Strips are narrower with a residual, which changes no bits.
+    Strips are narrower with a residual, and of other widths where all of an operation's kernels are sweeps, which it is without
+    `training`. That changes no bits: blocks are the same.
     """
     widest = WIDEST_FLOAT64 if residual or tensors > 1 or itemsize == 8 else WIDEST
-    road, group, blocks, rows, tasks = _cut(p, itemsize, tensors, widest)
+    road, group, blocks, rows, tasks = _cut(p, itemsize, tensors, widest, training)
     width = group * p.S * p.fold
     rows_a_part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
     shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
@@ -150,7 +155,7 @@ def schedule(p: Plan, itemsize: int, tensors: int, residual: bool = False) -> Sc
     return Schedule(road, group, blocks, rows, tasks, whole, arguments, (p.C, blocks, 4), scratch)
 
 
-def _cut(p: Plan, itemsize: int, tensors: int, widest: int) -> tuple[str, int, int, int, dict[str, int]]:
+def _cut(p: Plan, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
     """Road, channels a group, blocks a channel, rows or planes a block, and the numbers of tasks."""
     channel = p.count * itemsize * tensors
     if p.family == "planes":
@@ -163,10 +168,16 @@ def _cut(p: Plan, itemsize: int, tensors: int, widest: int) -> tuple[str, int, i
         return "channels" if fused else "sweeps", group, blocks, planes, tasks
     if p.S == 1 or p.fold > 1:
         group = p.C if p.fold > 1 else min(p.C, 1024)
-        strips = -(-p.C // group)
         rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 17))), -(-512 // (p.fold * p.S)))
         blocks = max(1, -(-p.rows // rows))
-        return "sweeps", group, blocks, rows, {"blocks of strips": strips * blocks}
+        strip = min(STRIP // channel // LANES * LANES, group)
+        small = p.C * channel <= CACHE  # one call of one kernel is the shortest way
+        few_rows = p.N * p.C >= PARALLEL_FROM and p.fold == 1 and NARROWEST <= strip <= p.C // 4
+        if training and few_rows:
+            group = strip
+        strips = -(-p.C // group)
+        tasks = {"strips": strips, "blocks of strips": strips * blocks}
+        return "strips" if training and (small or few_rows) else "sweeps", group, blocks, rows, tasks
     step = LANES // gcd(p.S, LANES)  # strips start at a multiple of 16 columns
     group = step * max(1, min(CACHE // channel, widest // p.S) // step)
     strips = -(-p.C // group)

@@ -30,6 +30,18 @@ PLACES = np.array([0.303, 0.917, 0.539])
 COUNTED = 4096
 
 
+class _Schedules(dict[tuple[int, bool, bool], Schedule]):
+    """The schedule of (tensors, residual, training), made when it is first asked for."""
+
+    def __init__(self, plan: Plan, itemsize: int) -> None:
+        super().__init__()
+        self.plan, self.itemsize = plan, itemsize
+
+    def __missing__(self, key: tuple[int, bool, bool]) -> Schedule:
+        self[key] = found = dispatch.schedule(self.plan, self.itemsize, *key)
+        return found
+
+
 class Frame:
     """How the arrays of one kind of call are read: the plan, and what follows from it. Made once for a shape, strides and axis.
 
@@ -41,10 +53,10 @@ class Frame:
         Values in an array.
     large : bool
         Whether an array is large enough to be streamed.
+    schedules : mapping of (tensors, residual, training) to Schedule
+        `dispatch.schedule` of such calls.
     in_memory, inverse : tuple of int
         The shape in memory's order, and how an array of it is transposed to `shape`; None if it need not be.
-    schedules : tuple of Schedule
-        For the forward and for the backward.
     """
 
     def __init__(self, shape: tuple[int, ...], axis: int, dtype: str, itemsize: int, plan: Plan) -> None:
@@ -53,7 +65,7 @@ class Frame:
         self.large = self.size * itemsize >= STREAM_FROM
         self.in_memory = tuple(shape[a] for a in plan.order)
         self.inverse = layout.inverse(plan.order)
-        self.schedules = dispatch.schedule(plan, itemsize, 1), dispatch.schedule(plan, itemsize, 2)
+        self.schedules = _Schedules(plan, itemsize)
         self._strides: dict[tuple[int, ...], tuple[int, int] | None] = {}
 
     def strides(self, a: Array) -> tuple[int, int] | None:
@@ -62,11 +74,6 @@ class Frame:
         if a.strides not in known:
             known[a.strides] = layout.tensor_strides(self.plan, self.axis, a.shape, a.strides, a.itemsize)
         return known[a.strides]
-
-    @cached_property
-    def residual_schedule(self) -> Schedule:
-        """For a forward with a residual."""
-        return dispatch.schedule(self.plan, self.itemsize, 1, residual=True)
 
     @cached_property
     def points(self) -> tuple[tuple[int, int], ...]:

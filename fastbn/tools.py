@@ -294,6 +294,8 @@ def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, .
                 ("moments", cpu.present_arguments(None, weights, None, False), False),
                 ("inference", cpu.present_arguments(residual, None, None, relu, wide=wide), False),
                 ("backward", cpu.present_arguments(None, weights, mask, False, residual, brief=brief), False),
+                ("reduce", cpu.present_arguments(None, weights, mask, False), False),
+                ("apply", cpu.present_arguments(None, weights, mask, False, residual), False),
                 # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
                 ("inference", cpu.present_arguments(residual, None, mask, relu, wide=wide), False),
                 ("backward", cpu.present_arguments(None, None, mask, False, residual, True), True),

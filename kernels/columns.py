@@ -21,7 +21,7 @@ Versions, with what each gained on 2 threads of an AVX-512 machine, as multiples
 Tried and lost: four vectors of a row at a time in a tile of the statistics (no faster); the next strip's x read 8 rows ahead.
 
 `stats_columns` and `normalise_columns` sweep everything once each: channels last needs every row before any output.
-`forward_columns` takes short planes strip by strip: moments from memory, then y out of the cache.
+`forward_columns` takes short planes, or few rows, strip by strip: moments from memory, then y out of the cache.
 
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
@@ -259,10 +259,10 @@ def normalise_columns(
 
 
 def forward_columns(
-    thread, first, last, x, y, residual, weight, mask, relu, wide, R, C, S, table, eps, partial, points, scratch, group,
-    rows_a_block, streamed,
+    thread, first, last, x, y, residual, weight, mask, relu, wide, R, rest, C, S, fold, table, eps, partial, points, scratch,
+    group, rows_a_block, streamed,
 ):  # fmt: skip
-    """Training forward of short planes, strips first..last: moments from memory, then y out of the cache.
+    """Training forward of strips first..last: moments from memory, then y out of the cache.
 
     How many channels do not fit float32 lanes: if that is what their strip was normalised in, its y is to be written again.
     """
@@ -271,13 +271,14 @@ def forward_columns(
     for strip in range(first, last):
         for b in range(partial.shape[1]):
             r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-            gather_block(x, weight, points, r0, r1, 0, strip, group, C, S, 1, mine, partial, b)
-        c0, channels, column, width = strip_of(strip, group, C, S, 1)
+            more = rest if b == partial.shape[1] - 1 else 0
+            gather_block(x, weight, points, r0, r1, more, strip, group, C, S, fold, mine, partial, b)
+        c0, channels, column, width = strip_of(strip, group, C, S, fold)
         for c in range(c0, c0 + channels):
             unfit += finish_blocks(table, partial, c, eps)
         expand_constants(table, mine, c0, channels, S, width, wide)
         # While y is streamed out, the next strip is prefetched: reads and writes overlap as in a copy.
-        normalise_rows(x, y, residual, mask, relu, wide, 0, R, 0, column, width, mine, streamed, True)
+        normalise_rows(x, y, residual, mask, relu, wide, 0, R, rest, column, width, mine, streamed, True)
     if streamed:
         fence()
     return unfit

@@ -1,7 +1,7 @@
 """Backward kernels for columns: a matrix whose columns belong to channels. Twin: kernels/cuda/columns_backward.py.
 
 The layouts and the strips are those of columns.py, the formulas those of planes_backward.py. `reduce_columns` and `apply_columns`
-sweep everything once each; `backward_columns` takes short planes strip by strip, so that the second sweep reads the cache.
+sweep everything once each; `backward_columns` takes short planes, or few rows, strip by strip, so that the second sweep reads the cache.
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
@@ -218,12 +218,13 @@ def apply_columns(
 
 
 @inline
-def reduce_strip(x, dy, weight, mask, brief, R, strip, group, C, S, table, grads, count, partial, scratch, rows_a_block):
+def reduce_strip(x, dy, weight, mask, brief, R, rest, strip, group, C, S, fold, table, grads, count, partial, scratch, rows_a_block):
     """From the sums of a strip to its coefficients; how many of its channels do not suit brief sums."""
     for b in range(partial.shape[1]):
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-        reduce_block(x, dy, weight, mask, brief, r0, r1, 0, strip, group, C, S, 1, table, scratch, partial, b)
-    c0, channels, _, _ = strip_of(strip, group, C, S, 1)
+        more = rest if b == partial.shape[1] - 1 else 0
+        reduce_block(x, dy, weight, mask, brief, r0, r1, more, strip, group, C, S, fold, table, scratch, partial, b)
+    c0, channels, _, _ = strip_of(strip, group, C, S, fold)
     unfit = 0
     for c in range(c0, c0 + channels):
         unfit += finish_blocks_backward(table, grads, partial, c, count, False, brief)
@@ -231,30 +232,31 @@ def reduce_strip(x, dy, weight, mask, brief, R, strip, group, C, S, table, grads
 
 
 @inline
-def apply_strip(x, dy, dx, dresidual, weight, mask, brief, R, strip, group, C, S, table, grads, scratch, streamed):
+def apply_strip(x, dy, dx, dresidual, weight, mask, brief, R, rest, strip, group, C, S, fold, table, grads, scratch, streamed):
     """dx of a strip out of the cache. While it is streamed out, the next strip is prefetched."""
-    c0, channels, column, width = strip_of(strip, group, C, S, 1)
+    c0, channels, column, width = strip_of(strip, group, C, S, fold)
     expand_coefficients(x, table, grads, scratch, c0, channels, S, width, brief)
-    apply_rows(x, dy, dx, dresidual, weight, mask, None, brief, 0, R, 0, column, width, S, scratch, streamed, True)
+    apply_rows(x, dy, dx, dresidual, weight, mask, None, brief, 0, R, rest, column, width, S, scratch, streamed, True)
 
 
 def backward_columns(
-    thread, first, last, x, dy, dx, dresidual, weight, mask, brief, R, C, S, table, grads, count, partial, scratch, group,
-    rows_a_block, streamed,
+    thread, first, last, x, dy, dx, dresidual, weight, mask, brief, R, rest, C, S, fold, table, grads, count, partial, scratch,
+    group, rows_a_block, streamed,
 ):  # fmt: skip
-    """Training backward of short planes, strips first..last: sums from memory, then dx out of the cache.
+    """Training backward of strips first..last: sums from memory, then dx out of the cache.
 
     A strip with a channel that does not suit brief sums is reduced again, and written, in float64 lanes.
     """
     mine = scratch[thread]
     for strip in range(first, last):
-        unfit = reduce_strip(x, dy, weight, mask, brief, R, strip, group, C, S, table, grads, count, partial, mine, rows_a_block)
+        sums = (table, grads, count, partial, mine, rows_a_block)
+        unfit = reduce_strip(x, dy, weight, mask, brief, R, rest, strip, group, C, S, fold, *sums)
         if brief is not None:  # noqa: SIM102  (by itself, so that Numba drops what follows where it is None)
             if unfit:
-                reduce_strip(x, dy, weight, mask, None, R, strip, group, C, S, table, grads, count, partial, mine, rows_a_block)
-                apply_strip(x, dy, dx, dresidual, weight, mask, None, R, strip, group, C, S, table, grads, mine, streamed)
+                reduce_strip(x, dy, weight, mask, None, R, rest, strip, group, C, S, fold, *sums)
+                apply_strip(x, dy, dx, dresidual, weight, mask, None, R, rest, strip, group, C, S, fold, table, grads, mine, streamed)
                 continue
-        apply_strip(x, dy, dx, dresidual, weight, mask, brief, R, strip, group, C, S, table, grads, mine, streamed)
+        apply_strip(x, dy, dx, dresidual, weight, mask, brief, R, rest, strip, group, C, S, fold, table, grads, mine, streamed)
     if streamed:
         fence()
     return 0
