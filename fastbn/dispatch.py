@@ -170,9 +170,9 @@ def _cut(p: Plan, itemsize: int, tensors: int, widest: int, training: bool) -> t
         group = p.C if p.fold > 1 else min(p.C, 1024)
         rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 17))), -(-512 // (p.fold * p.S)))
         blocks = max(1, -(-p.rows // rows))
-        strip = min(STRIP // channel // LANES * LANES, group)
+        strip = min(STRIP // channel, p.C // 4, group) // LANES * LANES
         small = p.C * channel <= CACHE  # one call of one kernel is the shortest way
-        few_rows = p.N * p.C >= PARALLEL_FROM and p.fold == 1 and NARROWEST <= strip <= p.C // 4
+        few_rows = p.N * p.C >= PARALLEL_FROM and p.fold == 1 and strip >= NARROWEST
         if training and few_rows:
             group = strip
         strips = -(-p.C // group)

@@ -7,6 +7,7 @@ import pytest
 import subprocesses
 
 import fastbn
+from fastbn import dispatch, memory
 
 
 @pytest.fixture
@@ -42,13 +43,15 @@ def at_offset(a, offset):
     return copy
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", subprocesses.WORK)
-def test_addresses(name, threads):
+def test_addresses(name, dtype, threads):
     """Loops that start at another offset in a vector give the same bits; 9 MB are streamed around the cache, 1 MB is not."""
     threads(2)
     shape, axis = subprocesses.WORK[name]
     large = (8 * shape[0], *shape[1:]) if name != "small" else shape
-    x, dy, p = inputs.normal(large), inputs.normal(large, seed=1), inputs.parameters(shape[axis])
+    x, dy = (inputs.normal(large, seed=seed).astype(dtype) for seed in (0, 1))
+    p = inputs.parameters(shape[axis])
     found = []
     for offset in (0, 4, 20, 60):
         y, ctx = fastbn.batch_norm_forward(at_offset(x, offset), *p[:2], axis=axis, out=at_offset(np.empty_like(x), 64 - offset))
@@ -56,3 +59,49 @@ def test_addresses(name, threads):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert checks.same_bits(a, b)
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Set constants of the schedule; what was planned with others is forgotten, before and after."""
+
+    def forget():
+        memory._frame.cache_clear()
+        dispatch.schedule.cache_clear()
+
+    def set_constants(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(dispatch, name, value)
+        forget()
+
+    yield set_constants
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize("features", [{}, {"activation": "relu"}, {"weights": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "strips", "sweeps"),
+    [
+        ((67, 24), {}, {"CACHE": 0}),  # four rows folded to one, three are left
+        ((40, 300), {}, {"CACHE": 0}),
+        ((1300, 528), {"STRIP": 1300 * 16 * 64, "CACHE": 0, "PARALLEL_FROM": 1}, {"STRIP": 0}),  # strips of 64 and 128 channels, blocks
+    ],
+    ids=str,
+)
+def test_strips_and_sweeps(shape, strips, sweeps, dtype, features, constants):
+    """Channels last strip by strip, or all of it twice: the same bits."""
+    x, dy = (inputs.normal(shape, seed=seed).astype(dtype) for seed in (0, 1))
+    p = inputs.parameters(shape[1])
+    options = {"activation": features.get("activation")}
+    if "weights" in features:
+        options["sample_weight"] = np.random.default_rng(2).uniform(0, 2, shape[0])
+    found = []
+    for road, values in (("strips", strips), ("sweeps", strips | sweeps)):
+        constants(**values)
+        assert fastbn.explain(x, sample_weight="weights" in features).road == road
+        y, ctx = fastbn.batch_norm_forward(x, *p[:2], **options)
+        found.append((y, ctx.mean, ctx.var, *fastbn.batch_norm_backward(dy, ctx)))
+    for a, b in zip(*found, strict=True):
+        assert checks.same_bits(a, b)
