@@ -4,6 +4,7 @@ An argument of one name has one type in every kernel, so signatures follow from 
 the optional arguments that are present; the absent ones are of type None, which lets Numba drop their branches.
 """
 
+import gc
 import inspect
 from contextlib import contextmanager
 
@@ -84,6 +85,21 @@ def _written_in_vectors():
         config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE = before
 
 
+@contextmanager
+def _without_collecting():
+    """Python's cycle collector at rest: compiling makes millions of objects and no garbage worth the search.
+
+    First forward and backward with nothing cached, four kernels: from 4.0 to 3.5 s.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 _compiled = {}
 
 
@@ -105,6 +121,6 @@ def compiled(function, dtype, present=()):
                     types_, code = team.signature(types_), team.team(function)
                 dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(code)
                 dispatcher._cache = KernelCache(function.__name__)
-                with _written_in_vectors():
+                with _written_in_vectors(), _without_collecting():
                     _compiled[variant] = dispatcher, dispatcher.compile(types_)
     return _compiled[variant][1]
