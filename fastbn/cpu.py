@@ -83,6 +83,7 @@ def present_arguments(
         "residual": residual is not None,
         "weight": weights == "weight",
         "row_weight": weights == "row_weight",
+        "narrow_weight": weights == "narrow_weight",
         "mask": mask is not None,
         "relu": relu,
         "dresidual": dresidual is not None,

@@ -198,7 +198,7 @@ def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[.
 
             function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
         names = tuple(inspect.signature(function).parameters)
-        given = tuple(a for a in present if a.removeprefix("row_") in names)
+        given = tuple(a for a in present if a.rpartition("_")[2] in names)  # row_weight and narrow_weight are a weight
         return compiled(function, dtype, given), names  # type: ignore[no-untyped-call]
 
     return uninterrupted(compile_)

@@ -49,6 +49,8 @@ def argument_type(name, dtype, present):
     """The Numba type of the argument called `name`."""
     if name == "weight" and "row_weight" in present:  # one for a whole row or plane
         return types.Tuple((Pointer(types.float64), types.int64))
+    if name == "weight" and "narrow_weight" in present:
+        return tensor(types.float32)
     if name in OPTIONAL and name not in present:
         return types.none
     if name in ("x", "y", "dy", "dx", "residual", "dresidual"):

@@ -2,11 +2,13 @@
 
 import checks
 import inputs
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
 
 import fastbn
+from fastbn import memory
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 SHAPES = {**inputs.SMALL_SHAPES, "planes 7x7": (6, 20, 7, 7), "planes 27x33": (3, 5, 27, 33), "nc 33x257": (33, 257)}
@@ -163,6 +165,29 @@ def test_a_value_of_weight_zero_cannot_poison_the_statistics(where, layout, valu
     y = np.moveaxis(y, axis, 1)
     kept = np.broadcast_to(keep[:, None], y.shape)
     checks.assert_forward_close(np.where(kept, y, 0), np.where(kept, exact.y, 0), x, axis)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float16, np.float32, ml_dtypes.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [(3, 5, 27, 33), (6, 20, 7, 7)], ids=str)
+def test_the_dtype_of_weights_changes_no_bit(shape, dtype):
+    """Some are kept as float32, which holds them exactly; float64 ones as they are."""
+    x, dy = inputs.normal(shape), inputs.normal(shape, seed=1)
+    w = np.random.default_rng(2).integers(0, 2 if dtype == np.bool_ else 4, (shape[0], *shape[2:])).astype(dtype)
+    results = []
+    for same in (w, w.astype(np.float64)):
+        y, ctx = fastbn.batch_norm_forward(x, sample_weight=same)
+        results.append((y, ctx.mean, ctx.var, np.array(ctx.count), *fastbn.batch_norm_backward(dy, ctx)))
+    for a, b in zip(*results, strict=True):
+        assert checks.same_bits(a, b)
+
+
+@pytest.mark.parametrize("size", [1, 10, memory.COUNTED, memory.COUNTED + 1, 3 * memory.COUNTED + 5])
+def test_places_of_positive_weights(size):
+    """Three of them, at fixed shares of their list, which is not made where it is long."""
+    w = np.random.default_rng(size).integers(0, 3, size).astype(np.float32)
+    w[0] = 1
+    positive = np.flatnonzero(w)
+    assert memory._positive(w) == (len(positive), positive[(memory.PLACES * len(positive)).astype(int)].tolist())
 
 
 def test_running_statistics_of_real_weights():
