@@ -20,8 +20,6 @@ from fastbn.layout import Plan
 Array = NDArray[Any]
 Tensor = tuple[Array, int, int]
 
-# Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.
-STREAM_FROM = 8 << 20
 LINE = 64
 # Where in a channel the three values lie whose median is the shift of its moments, as shares of its length. They are irregular, as data is
 # not: the first, middle and last value of an image are its border and its centre.
@@ -62,7 +60,7 @@ class Frame:
     def __init__(self, shape: tuple[int, ...], axis: int, dtype: str, itemsize: int, plan: Plan) -> None:
         self.shape, self.axis, self.dtype, self.itemsize, self.plan = shape, axis, dtype, itemsize, plan
         self.size = plan.count * plan.C
-        self.large = self.size * itemsize >= STREAM_FROM
+        self.large = self.size * itemsize >= layout.STREAM_FROM
         self.in_memory = tuple(shape[a] for a in plan.order)
         self.inverse = layout.inverse(plan.order)
         self.schedules = _Schedules(plan, itemsize)

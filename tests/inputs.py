@@ -35,6 +35,7 @@ SHAPES = {
     "planes 11x13, wide rows": (12, 70, 11, 13),
     "planes 14x14": (4, 20, 14, 14),
     "planes 14x14, many": (9, 7, 14, 14),
+    "planes 10x10, many": (65, 7, 10, 10),
     "planes 27x33": (3, 5, 27, 33),
     "planes 56x56": (2, 6, 56, 56),
     "one channel of 301467": (3, 1, 317, 317),

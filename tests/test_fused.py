@@ -17,7 +17,12 @@ FUSIONS = pytest.mark.parametrize(
     [("relu", False), (None, True), ("relu", True)],
     ids=["relu", "residual", "residual and relu"],
 )
-SHAPES = {**inputs.SMALL_SHAPES, "nc 33x257": (33, 257), "planes 7x7": (6, 40, 7, 7), "planes 27x33": (3, 5, 27, 33)}
+SHAPES = inputs.SMALL_SHAPES | {
+    "nc 33x257": (33, 257),
+    "planes 7x7": (6, 40, 7, 7),
+    "planes 10x10, many": (64, 3, 10, 10),
+    "planes 27x33": (3, 5, 27, 33),
+}
 
 
 def problem(shape, dtype, with_residual, layout="contiguous"):

@@ -20,7 +20,12 @@ HALVES = {
     "bfloat16": (np.dtype(ml_dtypes.bfloat16), 8, -126),
 }
 HALF = pytest.mark.parametrize("half", HALVES)
-SHAPES = {**inputs.SMALL_SHAPES, "planes 7x7": (6, 20, 7, 7), "planes 27x33": (3, 5, 27, 33), "nc 33x257": (33, 257)}
+SHAPES = inputs.SMALL_SHAPES | {
+    "planes 7x7": (6, 20, 7, 7),
+    "planes 10x10, many": (64, 3, 10, 10),
+    "planes 27x33": (3, 5, 27, 33),
+    "nc 33x257": (33, 257),
+}
 
 
 def assert_rounded_once(actual, exact, half, scale, what):

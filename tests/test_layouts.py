@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import layout
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 LAYOUTS = pytest.mark.parametrize("layout", inputs.LAYOUTS)
@@ -42,6 +43,15 @@ def test_order_of_memory(shape, layout):
     assert y.flags.writeable
     assert y.flags.aligned
     assert not np.shares_memory(x, y)
+
+
+@pytest.mark.parametrize(
+    ("N", "C", "shortest"),  # planes of this many values are read as planes, shorter ones as columns
+    [(7, 5, 32), (8, 5, 64), (31, 5, 64), (32, 5, 128), (7, 3000, 128), (8, 3000, 192), (15, 3000, 192), (16, 3000, 256)],
+)
+def test_families(N, C, shortest):
+    for S, family in ((shortest - 1, "columns"), (shortest, "planes")):
+        assert layout.plan((N, C, S), (4 * C * S, 4 * S, 4), 1, 4).family == family
 
 
 def test_channels_last_stays_channels_last():

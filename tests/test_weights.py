@@ -11,7 +11,12 @@ import fastbn
 from fastbn import memory
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
-SHAPES = {**inputs.SMALL_SHAPES, "planes 7x7": (6, 20, 7, 7), "planes 27x33": (3, 5, 27, 33), "nc 33x257": (33, 257)}
+SHAPES = inputs.SMALL_SHAPES | {
+    "planes 7x7": (6, 20, 7, 7),
+    "planes 10x10, many": (64, 3, 10, 10),
+    "planes 27x33": (3, 5, 27, 33),
+    "nc 33x257": (33, 257),
+}
 LAYOUTS = {"axis 1": "contiguous", "axis -1": "axis -1", "channels last view": "channels last view"}
 
 
