@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.kernels.rows import FOUND
-from fastbn.layout import LANES, Plan
+from fastbn.layout import LANES, STREAM_FROM, Plan
 from fastbn.threads import BELL, get_num_threads, importing, parallel
 from fastbn.uninterrupted import uninterrupted
 
@@ -74,8 +74,9 @@ CACHE = 300 << 10
 # Values whose moments are summed before they are merged. It bounds how far a naive sum can drift, and costs one merge in 65,536.
 BLOCK = 1 << 16
 # What a strip of channels last may fill of the L2 cache, so that its rows are read from memory once; and the fewest channels that are
-# worth it, as memory is read in runs of their length. On 2 threads the forward of (512, 2048) takes 0.7 of the time of two sweeps, the
-# backward 0.75; of (256, 4096) 0.75 and 0.7; of (1024, 1024) 0.85 and 0.8 to 1; the forward of (1568, 2048) 0.8.
+# worth it, as memory is read in runs of their length. On 2 threads the forward of (512, 2048) takes 0.8 of the time of two sweeps, the
+# backward 0.85; of (256, 4096) 0.85 and 0.7; of (1024, 1024) 0.9 and 0.95. On one thread they take 1.2 to 1.4 times as long, and where
+# output is streamed up to 1.5 times: the ends of runs that start off a line of memory write that in two parts.
 STRIP, NARROWEST = 640 << 10, 64
 # Columns of a strip of short planes, where constants are float32 lanes, and where they are float64 lanes, which would leave the L1 cache:
 # for float64, in the backward, and with a residual. These with 2048 columns too take 1.14 times as long (forward of 32x2048x7x7 with a
@@ -172,7 +173,8 @@ def _cut(p: Plan, itemsize: int, tensors: int, widest: int, training: bool) -> t
         blocks = max(1, -(-p.rows // rows))
         strip = min(STRIP // channel, p.C // 4, group) // LANES * LANES
         small = p.C * channel <= CACHE  # one call of one kernel is the shortest way
-        few_rows = p.N * p.C >= PARALLEL_FROM and p.fold == 1 and strip >= NARROWEST
+        medium = p.N * p.C >= PARALLEL_FROM and p.N * p.C * itemsize < STREAM_FROM
+        few_rows = medium and p.fold == 1 and strip >= NARROWEST
         if training and few_rows:
             group = strip
         strips = -(-p.C // group)
