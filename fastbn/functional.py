@@ -124,8 +124,14 @@ def batch_norm_forward(
         raise checks.no_running_statistics()
 
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
-    if x.size == 0:
-        return _forward_of_nothing(x, axis, training, residual is not None, relu, gamma_, beta_, mean, var, eps, table, out)
+    if not training and mean is not None and var is not None:
+        cpu.set_statistics(table, mean, var)
+    dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
+    if x.size == 0:  # y is empty, and nothing is learnt
+        with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
+            table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
+        ctx = Context(x, axis, bool(training), 0.0, residual is not None, relu, *dtypes, table, None)
+        return np.empty_like(x) if out is None else out, ctx
     x_native = memory.native(x)
     frame = memory.frame_of(x_native, axis, dtype, weight is not None)
     weights = None if weight is None else memory.weights_of(weight, frame)
@@ -139,52 +145,14 @@ def batch_norm_forward(
             effective = weights.effective if unbiased and mean is not None else count
         elif count == 1:
             raise checks.one_value_per_channel(x.shape, axis)
-    else:
-        assert mean is not None
-        assert var is not None
-        cpu.set_statistics(table, mean, var)
     y, mask = cpu.normalise(
         x_native, frame, table, eps, not training, relu, relu, residual, weights if training else None, written, x.dtype
     )
-    ctx = Context(
-        x,
-        axis,
-        bool(training),
-        count,
-        residual is not None,
-        relu,
-        None if gamma_ is None else gamma_.dtype,
-        None if beta_ is None else beta_.dtype,
-        table,
-        cpu.State(frame, table, mask, weights if training else None),
-    )
+    state = cpu.State(frame, table, mask, weights if training else None)
+    ctx = Context(x, axis, bool(training), count, residual is not None, relu, *dtypes, table, state)
     if training and mean is not None and var is not None:
         running.update(table, mean, var, momentum, running.correction(effective) if unbiased else 1.0)
     return y if out is None else out, ctx
-
-
-def _forward_of_nothing(
-    x: Array,
-    axis: int,
-    training: bool,
-    has_residual: bool,
-    relu: bool,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array | None,
-    var: Array | None,
-    eps: float,
-    table: Array,
-    out: Array | None,
-) -> tuple[Array, Context]:
-    """An empty batch: y is empty, and nothing is learnt from it."""
-    if mean is not None and var is not None and not training:
-        cpu.set_statistics(table, mean, var)
-    with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
-        table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
-    dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    ctx = Context(x, axis, bool(training), 0.0, has_residual, relu, *dtypes, table, None)
-    return np.empty_like(x) if out is None else out, ctx
 
 
 def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) -> tuple[Array | None, ...]:

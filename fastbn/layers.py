@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import functional, scalars
+from fastbn import functional, running, scalars
 from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, get_convention, read_state, write_state
 from fastbn.folding import fold_batch_norm
 from fastbn.statistics import Array, Moments, namespace_of, namespace_on, num_channels
@@ -93,11 +93,9 @@ class BatchNorm:
         self.activation = activation
         self.dtype = scalars.parameter_dtype(dtype)
         self.device = device
-        self.unbiased = True
-        self.convention = "torch"
-        self.training = True
+        self.unbiased, self.convention = True, "torch"
+        self.training, self.num_batches_tracked = True, 0
         self.ctx: Any = None
-        self.num_batches_tracked = 0
 
         xp, on_device = namespace_on(device)
         with on_device:
@@ -127,8 +125,7 @@ class BatchNorm:
         defaults = get_convention(convention)
         unbiased = bool(overrides.pop("unbiased", defaults.unbiased))
         layer = cls(num_features, **{"eps": defaults.eps, "momentum": defaults.momentum, **overrides})
-        layer.unbiased = unbiased
-        layer.convention = convention
+        layer.unbiased, layer.convention = unbiased, convention
         return layer
 
     def __call__(
@@ -159,12 +156,12 @@ class BatchNorm:
         training = self.training or self.running_mean is None
         update = self.training and update_stats and self.running_mean is not None
         # Running statistics that are neither read nor written are not handed over.
-        running = (self.running_mean, self.running_var) if update or not training else (None, None)
+        statistics = (self.running_mean, self.running_var) if update or not training else (None, None)
         y, self.ctx = functional.batch_norm_forward(
             x,
             self.gamma,
             self.beta,
-            *running,
+            *statistics,
             training=training,
             momentum=1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum,
             eps=self.eps,
@@ -247,31 +244,9 @@ class BatchNorm:
         counter = values.pop("num_batches_tracked", self.num_batches_tracked)
         xp, on_device = namespace_on(self.device)
         with on_device:
-            self._overwrite({field: xp.asarray(value) for field, value in values.items()}, counter)
+            new = {field: xp.asarray(value) for field, value in values.items()}
+            running.overwrite(self, new | {"num_batches_tracked": counter})
         return convention.name
-
-    def _overwrite(self, values: Mapping[str, Array], num_batches_tracked: int) -> None:
-        """Write into the layer's arrays of these names and set the counter: all of it, or on any exception nothing.
-
-        Raises
-        ------
-        ValueError
-            For an array of the layer that is read-only.
-        """
-        arrays = {field: getattr(self, field) for field in values}
-        for field, a in arrays.items():
-            if not getattr(a.flags, "writeable", True):  # CuPy knows no read-only arrays
-                raise ValueError(f"the layer's {field} is read-only, but is written in place; set bn.{field} = bn.{field}.copy()")
-        before, counter = {field: a.copy() for field, a in arrays.items()}, self.num_batches_tracked
-        try:
-            for field, a in arrays.items():
-                a[...] = values[field]
-            self.num_batches_tracked = num_batches_tracked
-        except BaseException:  # Ctrl-C among them
-            for field, a in arrays.items():
-                a[...] = before[field]
-            self.num_batches_tracked = counter
-            raise
 
     def fold(self, conv_weight: Array, conv_bias: Array | None = None, axis: int = 0) -> tuple[Array, Array]:
         """Weight and bias of one layer that does what the one before and this one in evaluation do together.
@@ -281,9 +256,8 @@ class BatchNorm:
         """
         if self.running_mean is None:
             raise ValueError("nothing to fold: the layer tracks no running statistics (track_running_stats=False)")
-        return fold_batch_norm(
-            conv_weight, conv_bias, self.gamma, self.beta, self.running_mean, self.running_var, eps=self.eps, axis=axis
-        )
+        statistics = self.running_mean, self.running_var
+        return fold_batch_norm(conv_weight, conv_bias, self.gamma, self.beta, *statistics, eps=self.eps, axis=axis)
 
     def recalibrate(self, batches: Iterable[Array], progress: bool = False) -> BatchNorm:
         """Set the running statistics to the exact ones of a whole data set, whatever its batches' sizes; returns self.
@@ -333,7 +307,7 @@ class BatchNorm:
             warnings.warn(f"{bad} {hint}", RuntimeWarning, stacklevel=2)
         xp = namespace_of(mean)
         new_mean, new_var = xp.where(usable, mean, self.running_mean), xp.where(usable, var, self.running_var)
-        self._overwrite({"running_mean": new_mean, "running_var": new_var}, count)
+        running.overwrite(self, {"running_mean": new_mean, "running_var": new_var, "num_batches_tracked": count})
         return self
 
     def _check_features(self, x: Array) -> None:

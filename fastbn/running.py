@@ -1,10 +1,11 @@
-"""Running statistics: moved last, all or nothing."""
+"""What a layer has learnt is written all or nothing: running statistics after a forward, and what a checkpoint replaces."""
 
 from __future__ import annotations
 
 import math
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,4 +53,33 @@ def update(table: Array, mean: Array, var: Array, momentum: float, correction: f
             mean[...], var[...] = new_mean, new_var
     except BaseException:  # Ctrl-C among them, which may strike after the kernel has returned
         mean[...], var[...] = before
+        raise
+
+
+def overwrite(layer: object, values: Mapping[str, Any]) -> None:
+    """Write into the layer's arrays of these names, and set its numbers: all of it, or on any exception nothing.
+
+    Raises
+    ------
+    ValueError
+        For an array of the layer that is read-only.
+    """
+    old = {field: getattr(layer, field) for field in values}
+    arrays = {field: a for field, a in old.items() if getattr(a, "ndim", 0)}
+    for field, a in arrays.items():
+        if not getattr(a.flags, "writeable", True):  # CuPy knows no read-only arrays
+            raise ValueError(f"the layer's {field} is read-only, but is written in place; set bn.{field} = bn.{field}.copy()")
+    before = old | {field: a.copy() for field, a in arrays.items()}
+
+    def write(new: Mapping[str, Any]) -> None:
+        for field, value in new.items():
+            if field in arrays:
+                arrays[field][...] = value
+            else:
+                setattr(layer, field, value)
+
+    try:
+        write(values)
+    except BaseException:  # Ctrl-C among them
+        write(before)
         raise

@@ -6,8 +6,8 @@ sweep everything once each; `backward_columns` takes short planes, or few rows, 
 
 from fastbn.kernels.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
 from fastbn.kernels.columns import constant_row
+from fastbn.kernels.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes_backward import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
 from fastbn.kernels.simd import (
     LANES,
     centre,

@@ -21,37 +21,28 @@ Versions, in passes over memory (the floor is three):
 """
 
 from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
+from fastbn.kernels.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.planes import PREFETCH, ahead_of_run, head_of
 from fastbn.kernels.simd import (
     LANES,
-    apart,
-    bits_above_zero,
     centre,
     fence,
-    get_bits,
     joined,
     keep,
-    largest,
     largest_lane,
     load,
     load_like,
     load_some,
     load_some_like,
     moved,
-    only,
     part_end,
-    part_of,
     plane,
     prefetch,
     rounded,
     splat,
-    store,
-    store_some,
-    stream,
     sum_lanes,
     wide_unless,
-    with_part,
 )
 from fastbn.kernels.sums import load_sums, save_sums
 
@@ -59,38 +50,6 @@ from fastbn.kernels.sums import load_sums, save_sums
 UNFIT = 3 * LANES
 
 # ------------------------------------------------------------------------------------------------------ sums over a plane
-
-
-@inline
-def open_part(sums, like):
-    """(sum of g, sum of g * (x - mean), largest g) to go on with in lanes of `like`'s kind."""
-    return part_of(sums[0], like), part_of(sums[1], like), sums[2]
-
-
-@inline
-def close_part(sums, part):
-    """The sums with what the part has added."""
-    return with_part(sums[0], part[0]), with_part(sums[1], part[1]), part[2]
-
-
-@inline
-def gradient(dyp, mp, j, like):
-    """g: what the ReLU lets through of dy[j:j+16], in lanes of `like`'s kind."""
-    return load_like(dyp, j, like) if mp is None else only(load_like(dyp, j, like), get_bits(mp, j))
-
-
-@inline
-def gradient_some(dyp, mp, j, n, like):
-    return load_some_like(dyp, j, n, like) if mp is None else only(load_some_like(dyp, j, n, like), get_bits(mp, j))
-
-
-@inline
-def add_products(part, g, xmu, weight):
-    """Add to (sum of g, sum of g * (x - mean), largest g). Under weights a masked x may be NaN: it counts only where g does."""
-    s, p, t = part
-    if weight is not None:
-        xmu = only(xmu, bits_above_zero(g * g))
-    return s + g, p + g * xmu, largest(t, g)
 
 
 @inline
@@ -130,46 +89,6 @@ def reduce_plane(xp, dyp, mp, weight, start, stop, mean, low, sums):
 
 
 # ------------------------------------------------------------------------------------------------------------ dx of a plane
-
-
-@inline
-def slope(g, xmu, coefficients, w, frozen):
-    """dx = A * g + w * (B * (x - mean) + C); where the weight is 0, x may be NaN. Frozen statistics leave A * g, without x."""
-    _, _, a, b, c = coefficients
-    if frozen is not None:
-        return a * g
-    statistics = b * xmu + c
-    if w is not None:
-        statistics = w * only(statistics, bits_above_zero(w))
-    return a * g + statistics
-
-
-@inline
-def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
-    """dx[j:j+16], and dresidual where there is one; `streamed` only where both are equally aligned."""
-    mean, low = coefficients[0], coefficients[1]
-    g = gradient(dyp, mp, j, mean)
-    xmu = apart(xp, load_like(xp, j, mean), mean, low)
-    v = slope(g, xmu, coefficients, w, frozen)
-    if streamed:
-        stream(dxp, j, v)
-        if drp is not None:
-            stream(drp, j, g)
-    else:
-        store(dxp, j, v)
-        if drp is not None:
-            store(drp, j, g)
-
-
-@inline
-def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
-    mean, low = coefficients[0], coefficients[1]
-    g = gradient_some(dyp, mp, j, n, mean)
-    xmu = apart(xp, load_some_like(xp, j, n, mean), mean, low)
-    v = slope(g, xmu, coefficients, w, frozen)
-    store_some(dxp, j, v, n)
-    if drp is not None:
-        store_some(drp, j, g, n)
 
 
 @inline
