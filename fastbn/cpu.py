@@ -12,7 +12,7 @@ from fastbn import dispatch, layout
 from fastbn.dispatch import Job, Schedule
 from fastbn.kernels import rows
 from fastbn.layout import Plan
-from fastbn.memory import Frame, Tensor, Weights, both_streamed, readable, streamed, writable
+from fastbn.memory import Frame, Tensor, Weights, block_totals, both_streamed, readable, streamed, writable
 
 Array = NDArray[Any]
 
@@ -31,13 +31,6 @@ class State:
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
-
-
-def _points(f: Frame, x: Tensor, weights: Weights | None) -> tuple[int, int, int]:
-    """Offsets in a channel of the three values whose median is the shift."""
-    stride = x[1] // f.plan.fold
-    a, b, c = (n * stride + s for n, s in (f.points if weights is None else weights.points))
-    return a, b, c
 
 
 def mask_shape(p: Plan) -> tuple[int, int, int]:
@@ -60,6 +53,16 @@ def _job(s: Schedule, threads: int, weights: Weights | None) -> Job:
         job["weight"] = (weights.array, 1) if weights.kind == "row_weight" else (weights.array, weights.array.shape[1], 1)
     job["scratch"] = np.empty((threads, *s.scratch))
     return job
+
+
+def _prepare_moments(job: Job, f: Frame, s: Schedule, weights: Weights | None) -> None:
+    """What a job needs for moments: workspace, offsets in a channel of the three values whose median is the shift, sums of weights."""
+    job["partial"] = np.empty(s.partial)
+    stride = job["x"][1] // f.plan.fold
+    a, b, c = f.points if weights is None else weights.points
+    job["points"] = a[0] * stride + a[1], b[0] * stride + b[1], c[0] * stride + c[1]
+    if weights is not None:
+        job["counts"] = block_totals(weights, f.plan, s)
 
 
 def _kind(weights: Weights | None) -> str | None:
@@ -157,7 +160,7 @@ def normalise(
     if given:  # neither moments nor a shift for them
         dispatch.run("inference", p, s, "sweeps", f.dtype, present, job, threads)
     else:
-        job["partial"], job["points"] = np.empty(s.partial), _points(f, x_tensor, weights)
+        _prepare_moments(job, f, s, weights)
         dispatch.run("forward", p, s, s.road, f.dtype, present, job, threads)
     if made is not None:
         y[...] = made
@@ -172,7 +175,8 @@ def statistics(x: Array, f: Frame, weights: Weights | None) -> Array:
     threads = dispatch.threads_for(f.size)
     s = f.schedules[1, False, False]
     job = _job(s, threads, weights)
-    job.update(x=x_tensor, table=table, eps=1.0, partial=np.empty(s.partial), points=_points(f, x_tensor, weights))
+    job.update(x=x_tensor, table=table, eps=1.0)
+    _prepare_moments(job, f, s, weights)
     dispatch.run("moments", p, s, "sweeps", f.dtype, present_arguments(None, _kind(weights), None, False), job, threads)
     return table
 

@@ -145,7 +145,7 @@ def schedule(p: Plan, itemsize: int, tensors: int, residual: bool = False, train
     rows_a_part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
     shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
     arguments: Job = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows, "rows_a_part": rows_a_part}
-    arguments["weight"] = arguments["brief"] = None
+    arguments["weight"] = arguments["counts"] = arguments["brief"] = None
     arguments["pieces"] = 1 + p.count * p.C * itemsize // PIECE  # kernel calls at least, so that Ctrl-C is noticed
     scratch = (group, 4 * LANES)
     if p.family == "columns":

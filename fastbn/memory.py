@@ -240,6 +240,24 @@ def weights_of(sample_weight: Array, f: Frame) -> Weights:
     return Weights(array, kind, total, times * positive, points, values, times)
 
 
+def block_totals(weights: Weights, p: Plan, s: Schedule) -> Array:
+    """The sum of the weights in each block of a schedule.
+
+    NumPy adds in pairs. One after the other, 65,536 weights of 0.1 are off by 1e-12, and float64's statistics with them.
+    """
+    if weights.kind == "row_weight":
+        values, row, times = weights.array, 1, p.S
+    else:
+        values, row, times = weights.values, p.S, 1
+    if p.family == "planes" and dispatch.BLOCK < p.S:  # segments of planes
+        starts = np.arange(0, p.S, dispatch.BLOCK)
+        if row == 1:
+            return np.outer(values, np.diff(starts, append=p.S)).reshape(-1)
+        return np.add.reduceat(values.reshape(p.N, p.S), starts, axis=1, dtype=np.float64).reshape(-1)
+    totals: Array = times * np.add.reduceat(values, np.arange(0, p.N * row, s.rows_a_block * row), dtype=np.float64)
+    return totals
+
+
 def streamed(y: Tensor, f: Frame, with_mask: bool) -> bool:
     """Whether a large output is written around the cache: rows keep the alignment that this needs."""
     p = f.plan

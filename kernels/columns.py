@@ -26,13 +26,12 @@ Tried and lost: four vectors of a row at a time in a tile of the statistics (no 
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
 
-from fastbn.kernels.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, shift_of_channel, takes
+from fastbn.kernels.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, off_centre, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import flush_bits, normalise, normalise_some
+from fastbn.kernels.planes import count_of, flush_bits, normalise, normalise_some
 from fastbn.kernels.simd import (
     LANES,
     bias,
-    by_row,
     fence,
     get,
     keep,
@@ -46,9 +45,7 @@ from fastbn.kernels.simd import (
     put,
     read,
     row,
-    splat,
     store,
-    sum_lanes,
     vectors,
 )
 from fastbn.kernels.strips import (
@@ -77,11 +74,10 @@ MEAN_ROW, LOW_ROW, SCALE_ROW, BIAS_ROW, TEMPORARY_ROW = range(5)
 def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
     """Add rows first..last of a strip to its accumulators, around its shifts; prefetch `lead` values on."""
     shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
-    zero = splat(0.0)
     position = 0
     for j in range(0, width, LANES):
         k = load(shifts, j)
-        acc = (load(sums, j), load(squares, j), zero)
+        acc = (load(sums, j), load(squares, j))
         if j + LANES <= width:
             for r in range(first, last):
                 xp = row(x, r, column)
@@ -99,48 +95,40 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
 
 
 @inline
-def total_weight(weight, first, last, S):
-    """The weights of rows first..last of one channel. In lanes: one number after another took a fifth of the forward of 32x2048x7x7."""
-    if by_row(weight):
-        total = 0.0
-        for r in range(first, last):
-            total += get(row(weight, r, 0), 0) * S
-        return total
-    sums = splat(0.0)
-    for r in range(first, last):
-        for s in range(0, S, LANES):
-            sums += load_some(row(weight, r, 0), s, S - s)
-    return sum_lanes(sums)
-
-
-@inline
-def gather_block(x, weight, points, first, last, rest, strip, group, C, S, fold, scratch, partial, block):
+def gather_block(x, weight, counts, points, first, last, rest, strip, group, C, S, fold, scratch, partial, block):
     """Moments of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
     c0, channels, column, width = strip_of(strip, group, C, S, fold)
     shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
-    for c in range(channels):
-        shift = shift_of_channel(x, c0 + c, points)
-        partial[c0 + c, block, 3] = shift
-        put(sums, c, shift)
-    expand(shifts, sums, channels, S, width)
-    clear(sums, width)
-    clear(squares, width)
+    count = count_of(counts, block, (last - first) * S * fold + rest // C)
+    for c in range(c0, c0 + channels):
+        partial[c, block, 0], partial[c, block, 3] = count, shift_of_channel(x, c, points)
     lead = rows_ahead(x, width)
-    r, end = first, last + (rest > 0)
-    while r < end:
-        stop = next_tile(r, last)
-        here = rest if r == last else width
-        gather_tile(x, weight, r, stop, column, here, S, scratch, lead_at(x, width, stop, last, lead))
-        r = stop
-    count = float((last - first) * S * fold + rest // C) if weight is None else total_weight(weight, first, last, S)
-    collapse(sums, channels, S, width)
-    collapse(squares, channels, S, width)
-    for c in range(channels):
-        n, d, m2 = moments_of_sums(get(sums, c), get(squares, c), count)
-        partial[c0 + c, block, 0], partial[c0 + c, block, 1], partial[c0 + c, block, 2] = n, d, m2
+    for attempt in range(2):
+        for c in range(channels):
+            put(sums, c, partial[c0 + c, block, 3])
+        expand(shifts, sums, channels, S, width)
+        clear(sums, width)
+        clear(squares, width)
+        r, end = first, last + (rest > 0)
+        while r < end:
+            stop = next_tile(r, last)
+            here = rest if r == last else width
+            gather_tile(x, weight, r, stop, column, here, S, scratch, lead_at(x, width, stop, last, lead))
+            r = stop
+        collapse(sums, channels, S, width)
+        collapse(squares, channels, S, width)
+        off = 0
+        for c in range(channels):
+            d, m2 = moments_of_sums(get(sums, c), get(squares, c), count)
+            partial[c0 + c, block, 1], partial[c0 + c, block, 2] = d, m2
+            if attempt == 0 and off_centre(x, count, d, m2):
+                partial[c0 + c, block, 3] += d
+                off += 1
+        if off == 0:
+            break
 
 
-def stats_columns(thread, first, last, x, weight, R, rest, C, S, fold, partial, points, scratch, group, rows_a_block):
+def stats_columns(thread, first, last, x, weight, counts, R, rest, C, S, fold, partial, points, scratch, group, rows_a_block):
     """Moments of tasks first..last; task = block * strips + strip. A row of partial is (count, mean - shift, M2, shift)."""
     strips = (C + group - 1) // group
     blocks = partial.shape[1]
@@ -148,7 +136,7 @@ def stats_columns(thread, first, last, x, weight, R, rest, C, S, fold, partial, 
         b, strip = task // strips, task % strips
         r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
         more = rest if b == blocks - 1 else 0
-        gather_block(x, weight, points, r0, r1, more, strip, group, C, S, fold, scratch[thread], partial, b)
+        gather_block(x, weight, counts, points, r0, r1, more, strip, group, C, S, fold, scratch[thread], partial, b)
     return 0
 
 
@@ -259,8 +247,8 @@ def normalise_columns(
 
 
 def forward_columns(
-    thread, first, last, x, y, residual, weight, mask, relu, wide, R, rest, C, S, fold, table, eps, partial, points, scratch,
-    group, rows_a_block, streamed,
+    thread, first, last, x, y, residual, weight, counts, mask, relu, wide, R, rest, C, S, fold, table, eps, partial, points,
+    scratch, group, rows_a_block, streamed,
 ):  # fmt: skip
     """Training forward of strips first..last: moments from memory, then y out of the cache.
 
@@ -272,7 +260,7 @@ def forward_columns(
         for b in range(partial.shape[1]):
             r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
             more = rest if b == partial.shape[1] - 1 else 0
-            gather_block(x, weight, points, r0, r1, more, strip, group, C, S, fold, mine, partial, b)
+            gather_block(x, weight, counts, points, r0, r1, more, strip, group, C, S, fold, mine, partial, b)
         c0, channels, column, width = strip_of(strip, group, C, S, fold)
         for c in range(c0, c0 + channels):
             unfit += finish_blocks(table, partial, c, eps)

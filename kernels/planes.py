@@ -16,11 +16,12 @@ A tensor is a tuple (pointer, stride of n, stride of c), in elements. A `table` 
 arguments are None or present, and Numba compiles one variant for each choice: no branch is left in the loops.
 
 Moments are gathered around a shift K that is a value of the channel, so that nothing cancels, in float64; a block of about 65,000
-values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983). `wide` says in which lanes y is computed: None
+values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983). `counts` are the sums of the blocks' weights, which
+the host knows, or None. `wide` says in which lanes y is computed: None
 for float32, for those channels alone that fit; True for float64; False for float64, and for those channels alone that did not fit.
 """
 
-from fastbn.kernels.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, shift_of_channel, takes
+from fastbn.kernels.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, off_centre, shift_of_channel, takes
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import (
     LANES,
@@ -45,7 +46,6 @@ from fastbn.kernels.simd import (
     store,
     store_some,
     stream,
-    sum_lanes,
 )
 from fastbn.kernels.sums import (
     AVERAGE,
@@ -82,7 +82,7 @@ def gather_some(xp, wp, j, n, shift, sums):
 
 @inline
 def gather_plane(xp, wp, start, stop, shift, sums):
-    """Moments of xp[start:stop] around shift."""
+    """Sums of xp[start:stop] around shift."""
     k = splat(shift)
     j = start
     while j + LANES <= stop:
@@ -91,6 +91,37 @@ def gather_plane(xp, wp, start, stop, shift, sums):
     if j < stop:
         sums = gather_some(xp, wp, j, stop - j, k, sums)
     return sums
+
+
+@inline
+def gather_planes(x, weight, c, n_first, n_last, start, stop, shift):
+    """Sums of start..stop of a channel's planes n_first..n_last around shift."""
+    zero = splat(0.0)
+    sums = (zero, zero)
+    for n in range(n_first, n_last):
+        sums = gather_plane(plane(x, n, c), plane(weight, n, 0), start, stop, shift, sums)
+    return sums
+
+
+@inline
+def count_of(counts, block, elements):
+    """The sum of a block's weights, or how many values it has."""
+    return float(elements) if counts is None else counts[block]
+
+
+@inline
+def end_block(x, weight, count, c, n_first, n_last, S, scratch, row):
+    """From the sums of the planes n_first..n_last of a channel to moments, which are merged with those of the blocks before."""
+    shift = scratch[row, SHIFT]
+    d, m2 = block_moments(load_sums(scratch, row), count)
+    if off_centre(x, count, d, m2):
+        centre = shift + d
+        d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, 0, S, centre), count)
+        if scratch[row, COUNT] == 0.0:
+            scratch[row, SHIFT] = centre
+        else:
+            d += centre - shift
+    close_block(scratch, row, count, d, m2)
 
 
 # ------------------------------------------------------------------------------------------------- output of a plane
@@ -225,63 +256,54 @@ def normalise_and_gather(xp, yp, rp, r_after, mp, relu, wide, channel, streamed,
 
 
 def forward_planes(
-    thread, first, last, x, y, residual, weight, mask, relu, wide, N, S, table, eps, points, scratch, group, planes_a_block,
+    thread, first, last, x, y, residual, weight, counts, mask, relu, wide, N, S, table, eps, points, scratch, group, planes_a_block,
     streamed,
 ):  # fmt: skip
     """Training forward of the channels first..last: y, and the rows MEAN to SCALE and ANCHOR of the table.
 
-    The group of channels at hand is normalised while the next group is gathered. How many channels do not fit float32 lanes: if that
-    is what they were normalised in, their y is to be written again.
+    The group of channels at hand is normalised while the next group is gathered; the first turn gathers only. How many channels do not
+    fit float32 lanes: if that is what they were normalised in, their y is to be written again.
     """
     scratch = scratch[thread]
     unfit = 0
-    # moments of the first group
-    for c in range(first, min(first + group, last)):
-        open_channel(scratch, c - first, shift_of_channel(x, c, points))
-    for n in range(N):
-        wp = plane(weight, n, 0)
-        for c in range(first, min(first + group, last)):
-            row = c - first
-            sums = gather_plane(plane(x, n, c), wp, 0, S, scratch[row, SHIFT], load_sums(scratch, row))
-            save_sums(scratch, row, sums)
-            if (n + 1) % planes_a_block == 0 or n + 1 == N:
-                close_block(scratch, row, wp, (n % planes_a_block + 1) * S)
-
-    for start in range(first, last, group):
+    for start in range(first - group, last, group):
         stop = min(start + group, last)
         # from moments to the table
         for c in range(start, stop):
             row = c - start
-            unfit += finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
+            if c >= first:
+                unfit += finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
             if c + group < last:
                 open_channel(scratch, row, shift_of_channel(x, c + group, points))
         # y of this group, moments of the next
         for n in range(N):
             wp = plane(weight, n, 0)
             for c in range(start, stop):
-                channel = channel_vectors(table, c, wide)
-                xp, yp = plane(x, n, c), plane(y, n, c)
-                rp, mp = plane(residual, n, c), plane(mask, n, c)
-                if c + group < last:
-                    row = c - start
-                    ahead, shift = plane(x, n, c + group), scratch[row, SHIFT]
-                    left, after = (min(stop + group, last) - c - group) * S, plane(x, n + 1, start + group)
-                    sums = load_sums(scratch, row)
-                    r_after = plane(residual, n + 1, start)
-                    sums = normalise_and_gather(
-                        xp, yp, rp, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S
-                    )
+                row, a = c - start, c + group
+                if a < last:
+                    ahead, shift, sums = plane(x, n, a), scratch[row, SHIFT], load_sums(scratch, row)
+                    if c >= first:
+                        left, after = (min(stop + group, last) - a) * S, plane(x, n + 1, start + group)
+                        sums = normalise_and_gather(
+                            plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(residual, n + 1, start), plane(mask, n, c),
+                            relu, wide, channel_vectors(table, c, wide), streamed, ahead, left, after, wp, shift, sums, S,
+                        )  # fmt: skip
+                    else:
+                        sums = gather_plane(ahead, wp, 0, S, shift, sums)
                     save_sums(scratch, row, sums)
                     if (n + 1) % planes_a_block == 0 or n + 1 == N:
-                        close_block(scratch, row, wp, (n % planes_a_block + 1) * S)
-                else:
-                    normalise_plane(xp, yp, rp, mp, relu, wide, 0, S, channel, streamed)
+                        begin = n // planes_a_block * planes_a_block
+                        count = count_of(counts, n // planes_a_block, (n + 1 - begin) * S)
+                        end_block(x, weight, count, a, begin, n + 1, S, scratch, row)
+                elif c >= first:
+                    xp, yp, rp, mp = plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(mask, n, c)
+                    normalise_plane(xp, yp, rp, mp, relu, wide, 0, S, channel_vectors(table, c, wide), streamed)
     if streamed:
         fence()
     return unfit
 
 
-def stats_planes(thread, first, last, x, weight, N, S, partial, points, planes_a_block, segment):
+def stats_planes(thread, first, last, x, weight, counts, N, S, partial, points, planes_a_block, segment):
     """Moments of blocks first..last; block = channel * blocks + k. A row of partial is (count, mean - shift, M2, shift).
 
     A block is `planes_a_block` whole planes, or, where a plane is longer than `segment`, one segment of a plane.
@@ -290,18 +312,19 @@ def stats_planes(thread, first, last, x, weight, N, S, partial, points, planes_a
     blocks = partial.shape[1]
     for task in range(first, last):
         c, b = task // blocks, task % blocks
-        shift = shift_of_channel(x, c, points)
-        zero = splat(0.0)
-        sums = (zero, zero, zero)
         start = (b % segments) * segment
         stop = min(start + segment, S)
         n_first = b // segments * planes_a_block
         n_last = min(n_first + planes_a_block, N)
-        for n in range(n_first, n_last):
-            sums = gather_plane(plane(x, n, c), plane(weight, n, 0), start, stop, shift, sums)
-        count = float((n_last - n_first) * (stop - start)) if weight is None else sum_lanes(sums[2])
-        partial[c, b, 0], partial[c, b, 1], partial[c, b, 2] = block_moments(sums, count)
-        partial[c, b, 3] = shift
+        count = count_of(counts, b, (n_last - n_first) * (stop - start))
+        shift = shift_of_channel(x, c, points)
+        d, m2 = 0.0, 0.0
+        for attempt in range(2):
+            d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, start, stop, shift), count)
+            if attempt == 1 or not off_centre(x, count, d, m2):
+                break
+            shift += d
+        partial[c, b, 0], partial[c, b, 1], partial[c, b, 2], partial[c, b, 3] = count, d, m2, shift
     return 0
 
 

@@ -41,10 +41,12 @@ from fastbn.kernels.simd import (
     prefetch,
     rounded,
     splat,
+    store,
     sum_lanes,
+    vectors,
     wide_unless,
 )
-from fastbn.kernels.sums import load_sums, save_sums
+from fastbn.kernels.sums import LARGEST, load_sums, save_sums
 
 # A scalar of a scratch row, behind three vectors of sums: whether float32 lanes do not do for the channel.
 UNFIT = 3 * LANES
@@ -159,16 +161,22 @@ def apply_and_reduce(
 
 
 @inline
-def clear_sums(scratch, row):
+def clear_totals(scratch, row):
     zero = splat(0.0)
-    save_sums(scratch, row, (zero, zero, zero))
+    save_totals(scratch, row, (zero, zero, zero))
 
 
 @inline
 def load_totals(scratch, row, lanes):
     """The sums, and the largest g in the lanes that the gradient has."""
-    s, p, most = load_sums(scratch, row)
-    return s, p, rounded(most, lanes)
+    s, p = load_sums(scratch, row)
+    return s, p, rounded(load(vectors(scratch, row), LARGEST), lanes)
+
+
+@inline
+def save_totals(scratch, row, totals):
+    save_sums(scratch, row, (totals[0], totals[1]))
+    store(vectors(scratch, row), LARGEST, totals[2])
 
 
 @inline
@@ -194,18 +202,18 @@ def backward_planes(
     lanes = wide_unless(brief)
     # sums of the first group
     for c in range(first, min(first + group, last)):
-        clear_sums(mine, c - first)
+        clear_totals(mine, c - first)
     for n in range(N):
         for c in range(first, min(first + group, last)):
             mean, low = mean_vectors(table, c, lanes)
             mp, sums = plane(mask, n, c), load_totals(mine, c - first, lanes)
-            save_sums(mine, c - first, reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, 0, S, mean, low, sums))
+            save_totals(mine, c - first, reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, 0, S, mean, low, sums))
 
     for start in range(first, last, group):
         stop = min(start + group, last)
         # from sums to coefficients
         for c in range(start, stop):
-            sums = load_sums(mine, c - start)
+            sums = load_totals(mine, c - start, lanes)
             s, p, most = sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
             unfit = finish_channel_backward(table, grads, c, s, p, most, count, False, brief)
             if brief is not None:  # by itself, so that Numba drops what follows where it is None
@@ -213,7 +221,7 @@ def backward_planes(
                 if unfit:
                     s, p = wide_sums(x, dy, weight, mask, N, S, table, c)
                     finish_channel_backward(table, grads, c, s, p, most, count, False, None)
-            clear_sums(mine, c - start)
+            clear_totals(mine, c - start)
         # dx of this group, sums of the next
         for n in range(N):
             wp = plane(weight, n, 0)
@@ -228,7 +236,7 @@ def backward_planes(
                             mean, low = mean_vectors(table, a, lanes)
                             sums = load_totals(mine, c - start, lanes)
                             sums = reduce_plane(plane(x, n, a), plane(dy, n, a), plane(mask, n, a), weight, 0, S, mean, low, sums)
-                            save_sums(mine, c - start, sums)
+                            save_totals(mine, c - start, sums)
                         continue
                 coefficients = coefficient_vectors(xp, table, grads, c, brief)
                 if a < last:
@@ -241,7 +249,7 @@ def backward_planes(
                         xp, dyp, dxp, drp, mp, wp, coefficients, streamed,
                         ahead, dy_ahead, m_ahead, left, x_after, dy_after, weight, mean, low, sums, S,
                     )  # fmt: skip
-                    save_sums(mine, c - start, sums)
+                    save_totals(mine, c - start, sums)
                 else:
                     apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficients, streamed)
     if streamed:

@@ -4,28 +4,27 @@ from fastbn.kernels.channels import merge, moments_of_sums
 from fastbn.kernels.helpers import inline
 from fastbn.kernels.simd import LANES, bits_above_zero, load, only, splat, store, sum_lanes, vectors
 
-# Columns of a scratch row: three vectors of accumulators, then scalars.
-SUM, SQUARE, WEIGHT = 0, LANES, 2 * LANES
+# Columns of a scratch row: three vectors of accumulators, the last for the backward alone, then scalars.
+SUM, SQUARE, LARGEST = 0, LANES, 2 * LANES
 SHIFT, COUNT, AVERAGE, M2 = range(3 * LANES, 3 * LANES + 4)
 
 
 @inline
 def add_value(sums, e, w):
-    """Add sixteen deviations e to (sum, sum of squares, sum of weights). Where the weight is 0, e may be NaN."""
-    s, q, t = sums
+    """Add sixteen deviations e to (sum, sum of squares). Where the weight is 0, e may be NaN."""
+    s, q = sums
     if w is None:
-        return s + e, q + e * e, t
+        return s + e, q + e * e
     e = only(e, bits_above_zero(w))
     we = w * e
-    return s + we, q + we * e, t + w
+    return s + we, q + we * e
 
 
 @inline
 def open_channel(scratch, row, shift):
     """Start a channel: nothing gathered yet."""
-    at = vectors(scratch, row)
-    for k in range(0, 3 * LANES, LANES):
-        store(at, k, splat(0.0))
+    zero = splat(0.0)
+    save_sums(scratch, row, (zero, zero))
     scratch[row, SHIFT] = shift
     scratch[row, COUNT] = 0.0
     scratch[row, AVERAGE] = 0.0
@@ -35,7 +34,7 @@ def open_channel(scratch, row, shift):
 @inline
 def load_sums(scratch, row):
     at = vectors(scratch, row)
-    return load(at, SUM), load(at, SQUARE), load(at, WEIGHT)
+    return load(at, SUM), load(at, SQUARE)
 
 
 @inline
@@ -43,23 +42,19 @@ def save_sums(scratch, row, sums):
     at = vectors(scratch, row)
     store(at, SUM, sums[0])
     store(at, SQUARE, sums[1])
-    store(at, WEIGHT, sums[2])
 
 
 @inline
 def block_moments(sums, count):
-    """Count, mean (relative to the shift) and M2 of what `sums` gathered."""
+    """Mean (relative to the shift) and M2 of the `count` values that `sums` gathered."""
     return moments_of_sums(sum_lanes(sums[0]), sum_lanes(sums[1]), count)
 
 
 @inline
-def close_block(scratch, row, weighted, elements):
-    """Merge the open block into the channel and start the next."""
-    sums = load_sums(scratch, row)
-    count = float(elements) if weighted is None else sum_lanes(sums[2])
-    n, d, m2 = block_moments(sums, count)
-    if n > 0.0:
-        n, d, m2 = merge(scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], n, d, m2)
+def close_block(scratch, row, count, d, m2):
+    """Merge a block, whose mean is SHIFT + d, into the channel and start the next."""
+    if count > 0.0:
+        n, d, m2 = merge(scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], count, d, m2)
         scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2] = n, d, m2
     zero = splat(0.0)
-    save_sums(scratch, row, (zero, zero, zero))
+    save_sums(scratch, row, (zero, zero))

@@ -37,7 +37,8 @@ FIXED = {
     "count": types.float64,
     "grads": types.float64[:, ::1],
 }
-OPTIONAL = ("residual", "weight", "mask", "relu", "dresidual", "frozen", "wide", "brief")
+WEIGHTS = ("weight", "row_weight", "narrow_weight")
+OPTIONAL = ("residual", "weight", "counts", "mask", "relu", "dresidual", "frozen", "wide", "brief")
 
 
 def tensor(dtype):
@@ -51,6 +52,8 @@ def argument_type(name, dtype, present):
         return types.Tuple((Pointer(types.float64), types.int64))
     if name == "weight" and "narrow_weight" in present:
         return tensor(types.float32)
+    if name == "counts" and any(kind in present for kind in WEIGHTS):
+        return types.float64[::1]
     if name in OPTIONAL and name not in present:
         return types.none
     if name in ("x", "y", "dy", "dx", "residual", "dresidual"):

@@ -11,6 +11,7 @@ import pytest
 import reference
 
 import fastbn
+from fastbn import memory
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 KINDS = pytest.mark.parametrize("kind", inputs.VALUES)
@@ -38,6 +39,20 @@ def test_training(shape, layout, dtype, kind):
 def test_one_huge_channel(axis, kind, dtype):
     x = inputs.values(kind, (3, 1, 317, 317), dtype)
     checks.check_both(np.moveaxis(x, 1, axis).copy(), axis=axis)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e6])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(3000, 20), (90, 3, 5, 5), (9, 20, 4, 4), (3, 5, 20, 20), (40, 8, 64, 64), (2, 2, 300, 300)], ids=str)
+def test_outliers_where_the_shift_is_chosen(shape, axis, weighted, value):
+    """Two of the three values whose median is the shift are far off; float64 is gathered again. Shapes of all roads, and of many blocks."""
+    values = inputs.normal((shape[0], *shape[2:], shape[1]), np.float64) + 100
+    positions = values.reshape(-1, shape[1])
+    positions[(memory.PLACES[:2] * len(positions)).astype(int)] = value
+    x = values if axis == -1 else np.ascontiguousarray(np.moveaxis(values, -1, 1))
+    weight = inputs.normal(values.shape[:-1], np.float64, seed=1) ** 2 + 0.1 if weighted else None
+    checks.check_forward(x, *inputs.parameters(shape[1], np.float64)[:2], axis=axis, sample_weight=weight)
 
 
 @DTYPES
