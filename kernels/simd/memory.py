@@ -5,7 +5,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastbn.kernels.simd.conversions import narrow, widen
+from fastbn.kernels.simd.conversions import narrow, narrow_to_stream, widen
 from fastbn.kernels.simd.types import (
     ELEMENTS,
     F16,
@@ -151,8 +151,9 @@ def stream(typingctx, p, i, v):
 
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
-        raw = narrow(context, builder, dtype, args[2])
-        instruction = builder.store(raw, _at(builder, sig.args[0], args[0], args[1]))
+        raw = narrow_to_stream(context, builder, dtype, args[2])
+        pointer = builder.bitcast(_at(builder, sig.args[0], args[0], args[1]), raw.type.as_pointer())
+        instruction = builder.store(raw, pointer)
         instruction.align = _boundary(dtype)
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
