@@ -279,7 +279,7 @@ def batch_norm_inference(
     table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
     cpu.set_statistics(table, mean_, var_)
     x_native = memory.native(x)
-    frame = memory.frame_of(x_native, axis, dtype, False)
+    frame = memory.frame_of(x_native, axis, dtype, False, inference=True)
     y = cpu.normalise(x_native, frame, table, eps, True, relu, False, residual, None, written, x.dtype)[0]
     return y if out is None else out
 

@@ -159,22 +159,30 @@ def _fold(N: int, C: int, S: int) -> int:
     return fold if width * fold <= WIDEST_FOLD and 4 * fold <= N else 1
 
 
-def _shortest_planes(N: int, streamed: bool) -> int:
+def _shortest_planes(N: int, streamed: bool, inference: bool) -> int:
     """From which S on a channel's values are read as planes, and not as columns.
 
     Columns spread each channel's constants over its columns, which few rows do not repay. Planes have a start and an end, which short ones
     do not repay, most of all where output is streamed, as each end leaves a line of memory in two parts. Time as columns over time as
     planes, float32, 2 threads, forward and backward: 1.2 and 1.45 for 8x256x14x14, 1.05 and 1.25 for 8x512x10x10, 1.3 and 1.1 for
-    32x64x14x14, 0.8 and 0.85 for 32x1200x7x7; streamed 1.2 and 1.4 for 4x8160x14x14, 0.95 and 0.85 for 32x1008x14x14.
+    32x64x14x14, 0.8 and 0.85 for 32x1200x7x7; streamed 1.2 and 1.4 for 4x8160x14x14, 0.95 and 0.85 for 32x1008x14x14. Inference, which
+    reads memory once, would jump from strip to strip for nothing: 1.25 for 32x1024x14x14, 1.7 for 8x1024x14x14, 0.85 for 32x2048x8x8.
     """
+    if inference:
+        return 32 if N < 8 and not streamed else 128
     if streamed:
         return 128 if N < 8 else 192 if N < 16 else 256
     return 32 if N < 8 else 64 if N < 32 else 128
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int, weighted: bool = False) -> Plan:
-    """The plan for an array; `axis` is the channel axis, counted from the front. No axis may have length 0."""
+def plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int, weighted: bool = False, inference: bool = False
+) -> Plan:
+    """The plan for an array; `axis` is the channel axis, counted from the front. No axis may have length 0.
+
+    `inference` is for calls with given statistics that no backward follows.
+    """
     order = axis_order(shape, strides)
     fitting = strides_in(order, axis, shape, strides, itemsize)
     copied = fitting is None
@@ -184,7 +192,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: 
     row_stride, channel_stride = fitting
     at = order.index(axis)
     N, C, S = prod(shape[a] for a in order[:at]), shape[axis], prod(shape[a] for a in order[at + 1 :])
-    shortest = _shortest_planes(N, N * C * S * itemsize >= STREAM_FROM)
+    shortest = _shortest_planes(N, N * C * S * itemsize >= STREAM_FROM, inference)
     columns = S == 1 or (shortest > S and channel_stride == S)
     dense = row_stride == C * S
     fold = _fold(N, C, S) if columns and dense and not weighted else 1

@@ -141,13 +141,15 @@ def native(x: Array) -> Array:
 
 
 @lru_cache(maxsize=1024)
-def _frame(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, dtype: str, itemsize: int, weighted: bool) -> Frame:
-    return Frame(shape, axis, dtype, itemsize, layout.plan(shape, strides, axis, itemsize, weighted))
+def _frame(
+    shape: tuple[int, ...], strides: tuple[int, ...], axis: int, dtype: str, itemsize: int, weighted: bool, inference: bool
+) -> Frame:
+    return Frame(shape, axis, dtype, itemsize, layout.plan(shape, strides, axis, itemsize, weighted, inference))
 
 
-def frame_of(x: Array, axis: int, dtype: str, weighted: bool) -> Frame:
+def frame_of(x: Array, axis: int, dtype: str, weighted: bool, inference: bool = False) -> Frame:
     """The frame for x, which is native."""
-    return _frame(x.shape, x.strides, axis, dtype, x.itemsize, weighted)
+    return _frame(x.shape, x.strides, axis, dtype, x.itemsize, weighted, inference)
 
 
 def readable(a: Array, f: Frame) -> Tensor:

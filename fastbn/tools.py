@@ -30,7 +30,7 @@ class Explanation:
     shape, dtype, axis
         The array's; axis counts from the front.
     family : str
-        How the kernels see it: ``"planes"`` or ``"columns"`` (see fastbn/layout.py), or ``"empty"``.
+        How the kernels of training see it: ``"planes"`` or ``"columns"`` (see fastbn/layout.py), or ``"empty"``.
     N, C, S : int
         Rows, channels, contiguous values of a channel.
     fold : int
@@ -132,6 +132,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
     if not reason and p.copied:
         reason = _why_strides(x)
     forward, backward = dispatch.schedule(p, x.itemsize, 1), dispatch.schedule(p, x.itemsize, 2)
+    inference = layout.plan(x.shape, as_read, axis, x.itemsize, inference=True)
     dense = layout.dense_strides(p.order, x.shape, x.itemsize)
     y = layout.tensor_strides(p, axis, x.shape, dense, x.itemsize)
     assert y is not None
@@ -150,7 +151,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
         blocks=forward.blocks,
         kernels={
             "training forward": TABLE["forward", p.family, forward.road],
-            "inference": TABLE["inference", p.family, "sweeps"],
+            "inference": TABLE["inference", inference.family, "sweeps"],
             "backward": TABLE["backward", p.family, backward.road],
         },
         threads=dispatch.threads_for(x.size),

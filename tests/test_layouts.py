@@ -54,6 +54,12 @@ def test_families(N, C, shortest):
         assert layout.plan((N, C, S), (4 * C * S, 4 * S, 4), 1, 4).family == family
 
 
+def test_families_of_inference():
+    for shape, family in (((32, 1024, 196), "planes"), ((32, 1024, 127), "columns"), ((9, 5, 127), "columns"), ((7, 5, 32), "planes")):
+        _, C, S = shape
+        assert layout.plan(shape, (4 * C * S, 4 * S, 4), 1, 4, inference=True).family == family
+
+
 def test_channels_last_stays_channels_last():
     # Said once without NumPy's help: the strides of an NCHW view on NHWC memory.
     x, _ = inputs.arrange("channels last view", inputs.normal((4, 6, 5, 7)))
