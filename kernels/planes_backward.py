@@ -180,14 +180,14 @@ def save_totals(scratch, row, totals):
 
 
 @inline
-def wide_sums(x, dy, weight, mask, N, S, table, c):
-    """Both sums of channel c in float64 lanes."""
-    mean, low = mean_vectors(table, c, True)
+def reduce_channel(x, dy, weight, mask, table, c, n_first, n_last, start, stop, lanes):
+    """Both sums over start..stop of a channel's planes n_first..n_last, and the largest g there."""
+    mean, low = mean_vectors(table, c, lanes)
     zero = splat(0.0)
-    sums = (zero, zero, zero)
-    for n in range(N):
-        sums = reduce_plane(plane(x, n, c), plane(dy, n, c), plane(mask, n, c), weight, 0, S, mean, low, sums)
-    return sum_lanes(sums[0]), sum_lanes(sums[1])
+    sums = (zero, zero, rounded(zero, lanes))
+    for n in range(n_first, n_last):
+        sums = reduce_plane(plane(x, n, c), plane(dy, n, c), plane(mask, n, c), weight, start, stop, mean, low, sums)
+    return sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
 
 
 def backward_planes(
@@ -195,63 +195,54 @@ def backward_planes(
 ):  # fmt: skip
     """Training backward of the channels first..last: dx, dresidual, and the rows of grads.
 
-    The group of channels at hand is written while the next group is reduced. A channel that does not suit brief sums is reduced again,
-    and written, in float64 lanes.
+    The group of channels at hand is written while the next group is reduced; the first turn reduces only. A channel that does not suit
+    brief sums is reduced again, and written, in float64 lanes.
     """
     mine = scratch[thread]
     lanes = wide_unless(brief)
-    # sums of the first group
-    for c in range(first, min(first + group, last)):
-        clear_totals(mine, c - first)
-    for n in range(N):
-        for c in range(first, min(first + group, last)):
-            mean, low = mean_vectors(table, c, lanes)
-            mp, sums = plane(mask, n, c), load_totals(mine, c - first, lanes)
-            save_totals(mine, c - first, reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, 0, S, mean, low, sums))
-
-    for start in range(first, last, group):
+    for start in range(first - group, last, group):
         stop = min(start + group, last)
         # from sums to coefficients
         for c in range(start, stop):
-            sums = load_totals(mine, c - start, lanes)
-            s, p, most = sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
-            unfit = finish_channel_backward(table, grads, c, s, p, most, count, False, brief)
-            if brief is not None:  # by itself, so that Numba drops what follows where it is None
-                mine[c - start, UNFIT] = unfit
-                if unfit:
-                    s, p = wide_sums(x, dy, weight, mask, N, S, table, c)
-                    finish_channel_backward(table, grads, c, s, p, most, count, False, None)
-            clear_totals(mine, c - start)
+            row = c - start
+            if c >= first:
+                sums = load_totals(mine, row, lanes)
+                s, p, most = sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
+                unfit = finish_channel_backward(table, grads, c, s, p, most, count, False, brief)
+                if brief is not None:  # by itself, so that Numba drops what follows where it is None
+                    mine[row, UNFIT] = unfit
+                    if unfit:
+                        s, p, most = reduce_channel(x, dy, weight, mask, table, c, 0, N, 0, S, True)
+                        finish_channel_backward(table, grads, c, s, p, most, count, False, None)
+            clear_totals(mine, row)
         # dx of this group, sums of the next
         for n in range(N):
             wp = plane(weight, n, 0)
             for c in range(start, stop):
+                row, a = c - start, c + group
                 xp, dyp, dxp = plane(x, n, c), plane(dy, n, c), plane(dx, n, c)
                 drp, mp = plane(dresidual, n, c), plane(mask, n, c)
-                a = c + group
+                to_write = c >= first
                 if brief is not None:  # noqa: SIM102
-                    if mine[c - start, UNFIT]:
+                    if to_write and mine[row, UNFIT]:
                         apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficient_vectors(xp, table, grads, c, None), streamed)
-                        if a < last:
-                            mean, low = mean_vectors(table, a, lanes)
-                            sums = load_totals(mine, c - start, lanes)
-                            sums = reduce_plane(plane(x, n, a), plane(dy, n, a), plane(mask, n, a), weight, 0, S, mean, low, sums)
-                            save_totals(mine, c - start, sums)
-                        continue
-                coefficients = coefficient_vectors(xp, table, grads, c, brief)
+                        to_write = False
                 if a < last:
                     ahead, dy_ahead, m_ahead = plane(x, n, a), plane(dy, n, a), plane(mask, n, a)
                     mean, low = mean_vectors(table, a, lanes)
-                    sums = load_totals(mine, c - start, lanes)
-                    left = (min(stop + group, last) - a) * S
-                    x_after, dy_after = plane(x, n + 1, start + group), plane(dy, n + 1, start + group)
-                    sums = apply_and_reduce(
-                        xp, dyp, dxp, drp, mp, wp, coefficients, streamed,
-                        ahead, dy_ahead, m_ahead, left, x_after, dy_after, weight, mean, low, sums, S,
-                    )  # fmt: skip
-                    save_totals(mine, c - start, sums)
-                else:
-                    apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficients, streamed)
+                    sums = load_totals(mine, row, lanes)
+                    if to_write:
+                        left = (min(stop + group, last) - a) * S
+                        x_after, dy_after = plane(x, n + 1, start + group), plane(dy, n + 1, start + group)
+                        sums = apply_and_reduce(
+                            xp, dyp, dxp, drp, mp, wp, coefficient_vectors(xp, table, grads, c, brief), streamed,
+                            ahead, dy_ahead, m_ahead, left, x_after, dy_after, weight, mean, low, sums, S,
+                        )  # fmt: skip
+                    else:
+                        sums = reduce_plane(ahead, dy_ahead, m_ahead, weight, 0, S, mean, low, sums)
+                    save_totals(mine, row, sums)
+                elif to_write:
+                    apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficient_vectors(xp, table, grads, c, brief), streamed)
     if streamed:
         fence()
     return 0
@@ -263,19 +254,12 @@ def reduce_planes(thread, first, last, x, dy, weight, mask, brief, N, S, table, 
     blocks = partial.shape[1]
     for task in range(first, last):
         c, b = task // blocks, task % blocks
-        lanes = wide_unless(brief)
-        mean, low = mean_vectors(table, c, lanes)
-        zero = splat(0.0)
-        sums = (zero, zero, rounded(zero, lanes))
         start = (b % segments) * segment
         stop = min(start + segment, S)
         n_first = b // segments * planes_a_block
-        for n in range(n_first, min(n_first + planes_a_block, N)):
-            mp = plane(mask, n, c)
-            sums = reduce_plane(plane(x, n, c), plane(dy, n, c), mp, weight, start, stop, mean, low, sums)
-        partial[c, b, 0] = sum_lanes(sums[0])
-        partial[c, b, 1] = sum_lanes(sums[1])
-        partial[c, b, 2] = largest_lane(sums[2])
+        n_last = min(n_first + planes_a_block, N)
+        s, p, most = reduce_channel(x, dy, weight, mask, table, c, n_first, n_last, start, stop, wide_unless(brief))
+        partial[c, b, 0], partial[c, b, 1], partial[c, b, 2] = s, p, most
     return 0
 
 
