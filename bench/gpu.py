@@ -8,8 +8,6 @@ host's, whose own time a call is taken by the clock. Results go to bench/results
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import importlib
 import json
 import random
@@ -25,6 +23,7 @@ import peers
 from gpu_cases import BATCHES, ITEMSIZE, LAYOUTS, GpuCase, cases, input_sets, means, statistics_of, table, with_shares
 from gpu_contenders import Problem, WrongResult, contenders, timed
 from shapes import OPS, RESNET
+from timing import no_collection
 
 DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
@@ -152,7 +151,7 @@ def measure(xp: Any, case: GpuCase, rounds: int, l2: int, clock: Clock) -> dict:
     once = {name: clock.roughly(run, sets) for name, run in runs.items()}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
-    with _no_collection():
+    with no_collection():
         for _ in range(rounds):
             shuffle(order)
             for name in order:
@@ -176,17 +175,6 @@ def _dtype(name: str) -> Any:
 def _free(xp: Any) -> int:
     xp.get_default_memory_pool().free_all_blocks()
     return int(xp.cuda.runtime.memGetInfo()[0])
-
-
-@contextlib.contextmanager
-def _no_collection() -> Any:
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def replace_between(text: str, new: str) -> str:

@@ -7,7 +7,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 TURN = 0.002  # seconds one turn lasts at least: shorter calls are repeated within it
 SLOW = 0.030  # a call longer than this gets no call to warm up, and takes part in every third round only
@@ -41,9 +42,7 @@ def interleave(runs: dict[str, Callable[[], object]], rounds: int, seed: int = 0
     once = {name: _roughly(run) for name, run in runs.items()}
     times: dict[str, list[float | None]] = {name: [] for name in runs}
     order = list(runs)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         for r in range(rounds):
             shuffle(order)
             for name in order:
@@ -55,10 +54,19 @@ def interleave(runs: dict[str, Callable[[], object]], rounds: int, seed: int = 0
                 if not slow:
                     runs[name]()
                 times[name].append(_time(runs[name], max(1, math.ceil(TURN / max(once[name], 1e-7)))))
+    return times
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cycle collector at rest, so that it is nobody's time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return times
 
 
 def _roughly(run: Callable[[], object]) -> float:

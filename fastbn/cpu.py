@@ -84,9 +84,6 @@ def present_arguments(
         return ()
     given = {
         "residual": residual is not None,
-        "weight": weights == "weight",
-        "row_weight": weights == "row_weight",
-        "narrow_weight": weights == "narrow_weight",
         "mask": mask is not None,
         "relu": relu,
         "dresidual": dresidual is not None,
@@ -94,7 +91,8 @@ def present_arguments(
         "wide": wide,
         "brief": brief is not None,
     }
-    return tuple(name for name, there in given.items() if there)
+    names = tuple(name for name, there in given.items() if there)
+    return names if weights is None else (*names, weights)
 
 
 def wide_lanes(dtype: str, residual: object) -> bool:

@@ -26,6 +26,8 @@ LINE = 64
 PLACES = np.array([0.303, 0.917, 0.539])
 # Weights that are counted at a time, to find those places among the positive ones.
 COUNTED = 4096
+# The optional argument that weights are: of every position in float64, of whole rows or planes, of every position in float32.
+WEIGHT_KINDS = ("weight", "row_weight", "narrow_weight")
 
 
 class _Schedules(dict[tuple[int, bool, bool], Schedule]):

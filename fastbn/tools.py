@@ -288,7 +288,7 @@ def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, .
         relu = "relu" in chosen
         mask, residual = (True if name in chosen else None for name in ("relu", "residual"))
         wide = cpu.wide_lanes(dtype, residual)
-        for weights in ("weight", "row_weight", "narrow_weight") if "weights" in chosen else (None,):
+        for weights in memory.WEIGHT_KINDS if "weights" in chosen else (None,):
             brief = cpu.brief_sums(dtype, weights, False)
             found |= {
                 ("forward", cpu.present_arguments(residual, weights, mask, relu, wide=wide), False),

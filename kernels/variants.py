@@ -37,7 +37,6 @@ FIXED = {
     "count": types.float64,
     "grads": types.float64[:, ::1],
 }
-WEIGHTS = ("weight", "row_weight", "narrow_weight")
 OPTIONAL = ("residual", "weight", "counts", "mask", "relu", "dresidual", "frozen", "wide", "brief")
 
 
@@ -52,7 +51,7 @@ def argument_type(name, dtype, present):
         return types.Tuple((Pointer(types.float64), types.int64))
     if name == "weight" and "narrow_weight" in present:
         return tensor(types.float32)
-    if name == "counts" and any(kind in present for kind in WEIGHTS):
+    if name == "counts" and any(a.endswith("weight") for a in present):
         return types.float64[::1]
     if name in OPTIONAL and name not in present:
         return types.none
@@ -94,7 +93,7 @@ def _written_in_vectors():
 def _without_collecting():
     """Python's cycle collector at rest: compiling makes millions of objects and no garbage worth the search.
 
-    First forward and backward with nothing cached, four kernels: from 4.0 to 3.5 s.
+    First forward and backward with nothing cached, channels last: from 4.6 to 4.3 s (bench/startup.py's, both in turn, medians of three).
     """
     collecting = gc.isenabled()
     gc.disable()
