@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
 import cupy_standin
 
 import fastbn
-from fastbn import cuda_backend
+from fastbn.cuda import kernels_backend as cuda_backend
 from fastbn.kernels.cuda import host, launch
 
 CALLS, ROUNDS = 1000, 15

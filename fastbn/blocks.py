@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, gpu_arrays, memory, running, scalars
-from fastbn.context import Context
+from fastbn import running
+from fastbn.arguments import checks, scalars
+from fastbn.common.context import Context
+from fastbn.cpu import backend as cpu
+from fastbn.cpu import memory
+from fastbn.cuda import arrays as gpu_arrays
 from fastbn.kernels import rows
 from fastbn.statistics import Moments
 

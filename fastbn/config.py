@@ -50,7 +50,7 @@ def _version(*names: str) -> str:
 
 
 def _threads() -> str:
-    from fastbn.threads import get_num_threads
+    from fastbn.cpu.threads import get_num_threads
 
     try:
         return f"{get_num_threads()} (FASTBN_NUM_THREADS, fastbn.set_num_threads)"
@@ -77,7 +77,7 @@ def _simd() -> str:
 
 
 def _cache() -> str:
-    from fastbn.kernels.cache import folder
+    from fastbn.kernels.cpu.cache import folder
 
     path = folder()
     if path is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, scalars
+from fastbn.arguments import checks, scalars
 from fastbn.statistics import Array, namespace_of
 
 

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, cpu, gpu, memory, running, scalars
-from fastbn.context import Context
+from fastbn import running
+from fastbn.arguments import checks, scalars
+from fastbn.common.context import Context
+from fastbn.cpu import backend as cpu
+from fastbn.cpu import memory
+from fastbn.cuda import backend as gpu
 from fastbn.kernels import rows
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import functional, running, scalars
+from fastbn import functional, running
+from fastbn.arguments import scalars
 from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, get_convention, read_state, write_state
 from fastbn.folding import fold_batch_norm
 from fastbn.statistics import Array, Moments, namespace_of, namespace_on, num_channels

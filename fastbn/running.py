@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import cpu
+from fastbn.cpu import backend as cpu
 
 Array = NDArray[Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, scalars
+from fastbn.arguments import checks, scalars
 
 Array = Any  # a NumPy or CuPy array; CuPy is optional and ships no types
 

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import checks, cpu, dispatch, gpu_arrays, layout, memory, scalars
-from fastbn.dispatch import TABLE
+from fastbn.arguments import checks, scalars
+from fastbn.cpu import backend as cpu
+from fastbn.cpu import dispatch, layout, memory
+from fastbn.cpu.dispatch import TABLE
+from fastbn.cuda import arrays as gpu_arrays
 
 Array = NDArray[Any]
 
@@ -30,13 +33,13 @@ class Explanation:
     shape, dtype, axis
         The array's; axis counts from the front.
     family : str
-        How the kernels of training see it: ``"planes"`` or ``"columns"`` (see fastbn/layout.py), or ``"empty"``.
+        How the kernels of training see it: ``"planes"`` or ``"columns"`` (see fastbn/cpu/layout.py), or ``"empty"``.
     N, C, S : int
         Rows, channels, contiguous values of a channel.
     fold : int
         Columns: rows that are read as one.
     road, backward_road : str
-        How the memory is crossed: ``"channels"``, ``"strips"`` or ``"sweeps"`` (see fastbn/dispatch.py).
+        How the memory is crossed: ``"channels"``, ``"strips"`` or ``"sweeps"`` (see fastbn/cpu/dispatch.py).
     group, blocks : int
         Channels that are worked on together; blocks of a channel that are summed apart and then merged.
     kernels : mapping of str to tuple of str
@@ -237,7 +240,7 @@ def warmup(
     ndims = [scalars.whole(n, "ndim") for n in _several(ndim)]
     families = _families(ndims, [scalars.whole(a, "axis") for a in _several(axis)])
 
-    from fastbn.kernels import variants
+    from fastbn.kernels.cpu import variants
 
     before = len(variants._compiled)
     for dtype in names:

@@ -14,5 +14,5 @@ TABLE_ROWS = 8
 SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C, DGAMMA = range(6)
 BACKWARD_ROWS = 6
 
-# Places of the board that the threads of a call share (kernels/team.py): the next piece to take, pieces computed, what kernels returned.
+# Places of the board that threads share (kernels/cpu/team.py): the next piece to take, pieces computed, what kernels returned.
 NEXT, DONE, FOUND = range(3)

@@ -1,10 +1,10 @@
-"""Python functions in place of kernels, for tests of fastbn.threads: what kernels/team.py does, under a lock instead of atomically."""
+"""Python functions in place of kernels, for tests of threads.py: what team.py does, under a lock instead of atomically."""
 
 import threading
 
 import numpy as np
 
-from fastbn import threads
+from fastbn.cpu import threads
 from fastbn.kernels.rows import DONE, NEXT
 
 

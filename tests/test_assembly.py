@@ -8,8 +8,8 @@ import subprocesses
 
 ASSEMBLY = """
 import json, re
-from fastbn import dispatch
-from fastbn.kernels import variants
+from fastbn.cpu import dispatch
+from fastbn.kernels.cpu import variants
 
 PATTERNS = {
     "relu": "vcmpnle[ps]",
@@ -38,9 +38,9 @@ STREAMS = """
 import json
 import numpy as np
 from numba import njit, types
-from fastbn import dispatch
-from fastbn.kernels import simd, variants
-from fastbn.kernels.simd import LANES, Pointer
+from fastbn.cpu import dispatch
+from fastbn.kernels.cpu import simd, variants
+from fastbn.kernels.cpu.simd import LANES, Pointer
 
 def copy(x, y, streamed):
     for j in range(0, 4096, LANES):

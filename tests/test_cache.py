@@ -14,7 +14,7 @@ import pytest
 import subprocesses
 
 import fastbn
-from fastbn.kernels import cache
+from fastbn.kernels.cpu import cache
 
 ROUNDS = int(os.environ.get("FASTBN_TEST_COLD_ROUNDS", "2"))
 POSIX = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX")
@@ -34,7 +34,7 @@ print(json.dumps(found, sort_keys=True))
 # One kernel of a few lines: what most tests here compile or load. Prints the result, and how the variant came.
 ONE = """
 import numpy as np
-from fastbn.kernels import cache, channels, variants
+from fastbn.kernels.cpu import cache, channels, variants
 table = np.zeros((channels.TABLE_ROWS, 3)); table[channels.GAMMA] = 2.0; table[channels.VAR] = 3.0
 variants.compiled(channels.finish_given, "float64")(table, 3, 1.0)
 dispatcher = next(iter(variants._compiled.values()))[0]
@@ -125,7 +125,7 @@ def damaged_process(path, contents):
     code = """
 import pathlib, pickle, sys
 import numpy as np
-from fastbn.kernels import cache, channels, variants
+from fastbn.kernels.cpu import cache, channels, variants
 path, contents = pathlib.Path(sys.argv[1]), pickle.load(open(sys.argv[2], "rb"))
 for content in contents:
     path.write_bytes(content)
@@ -202,7 +202,7 @@ def test_what_the_key_depends_on(monkeypatch):
         ("numba.config.BOUNDSCHECK", 1),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"fastbn.kernels.cache.{place}", value)
+            patch.setattr(f"fastbn.kernels.cpu.cache.{place}", value)
             keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]

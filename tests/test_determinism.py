@@ -7,7 +7,7 @@ import pytest
 import subprocesses
 
 import fastbn
-from fastbn import dispatch, memory
+from fastbn.cpu import dispatch, memory
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ import subprocesses
 import teams
 
 import fastbn
-from fastbn import functional, uninterrupted
+from fastbn import functional
+from fastbn.cpu import uninterrupted
 
 ALARM = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no interval timers")
 # Kernels that take 2 ms a piece and note what they do; real signals, SIGALRM with the handler of SIGINT. Numba is not needed.
 PIECES = """
 import signal, threading, time
 import teams
-from fastbn import threads
+from fastbn.cpu import threads
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 written, at_work = [], 0
 
@@ -136,7 +137,7 @@ print(interrupts >= 5, problems, out.tobytes() == y.tobytes(), fastbn.batch_norm
 COMPILING = """
 import signal
 import subprocesses, fastbn
-from fastbn import dispatch
+from fastbn.cpu import dispatch
 {change}
 interrupts = 0
 signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -166,7 +167,7 @@ def test_an_interrupt_ends_the_wait_for_the_compiler():
     """At once, though the compiler takes longer; the work is done all the same, once, and an error of it is raised where it was asked."""
     out = subprocesses.run("""
 import signal, time
-from fastbn.uninterrupted import uninterrupted
+from fastbn.cpu.uninterrupted import uninterrupted
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 done = []
 
@@ -207,7 +208,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent():
     """Neither at its exit, nor in a handler's fork in the middle of the wait."""
     out = subprocesses.run("""
 import atexit, os, signal, time
-from fastbn.uninterrupted import uninterrupted
+from fastbn.cpu.uninterrupted import uninterrupted
 
 def fork(number, frame):
     global child
@@ -241,7 +242,7 @@ def test_a_thread_that_others_may_wait_for_compiles_itself(tmp_path):
     out = subprocesses.run("""
 import sys, threading
 from numba.core.compiler_lock import global_compiler_lock
-from fastbn.uninterrupted import uninterrupted
+from fastbn.cpu.uninterrupted import uninterrupted
 
 def work():
     with global_compiler_lock:

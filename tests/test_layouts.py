@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import layout
+from fastbn.cpu import layout
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 LAYOUTS = pytest.mark.parametrize("layout", inputs.LAYOUTS)

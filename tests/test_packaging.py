@@ -71,7 +71,7 @@ def test_wheel_holds_the_kernels_under_fastbn(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert {"fastbn/kernels/planes.py", "fastbn/kernels/cuda/planes.py", "fastbn/py.typed", "fastbn/functional.py"} <= set(names)
+    assert {"fastbn/kernels/cpu/planes.py", "fastbn/kernels/cuda/planes.py", "fastbn/py.typed", "fastbn/functional.py"} <= set(names)
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "bench/"))]
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split()[1].split(">")[0] for line in required) == ["numba", "numpy", "platformdirs"]

@@ -87,7 +87,7 @@ def test_fork_while_another_thread_compiles():
     """The child finds Numba's compiler lock free, and a compiler that was not stopped in the middle."""
     assert run("""
 from numba.core.compiler_lock import global_compiler_lock
-import fastbn.kernels.variants, numba
+import fastbn.kernels.cpu.variants, numba
 compiling, go_on = threading.Event(), threading.Event()
 
 def compile():
@@ -131,7 +131,7 @@ def test_fork_while_a_thread_is_in_the_pool():
     """The moment is made certain: the child starts with the pool taken and its workers gone."""
     assert run("""
 import teams
-from fastbn import threads
+from fastbn.cpu import threads
 right = subprocesses.digest("planes")
 inside, go_on = threading.Barrier(3), threading.Event()
 
@@ -182,7 +182,7 @@ def work():
 
 right = work()
 if PRISTINE:
-    from fastbn import threads
+    from fastbn.cpu import threads
     threads._pool = threads._Pool()  # no worker yet: the system refuses to start one at exit
 
 class Last:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numba import njit, types
 
-from fastbn.kernels import simd
-from fastbn.kernels.simd import LANES, Pointer
+from fastbn.kernels.cpu import simd
+from fastbn.kernels.cpu.simd import LANES, Pointer
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays come from ml_dtypes")
 

@@ -13,7 +13,7 @@ import pytest
 import subprocesses
 
 import fastbn
-from fastbn import dispatch
+from fastbn.cpu import dispatch
 
 CALLS = int(os.environ.get("FASTBN_TEST_SOAK_CALLS", "10000"))
 # An array of 64 KiB kept by each call would be 320 MB after half of the calls; a Python object of 200 bytes, 1 MB. Arenas of the

@@ -9,8 +9,8 @@ import subprocesses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbn import dispatch
-from fastbn.kernels import team, variants
+from fastbn.cpu import dispatch
+from fastbn.kernels.cpu import team, variants
 from fastbn.kernels.rows import DONE, FOUND, NEXT
 
 

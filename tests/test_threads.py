@@ -13,7 +13,7 @@ import subprocesses
 import teams
 
 import fastbn
-from fastbn import dispatch, processors, threads
+from fastbn.cpu import dispatch, processors, threads
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import config, dispatch
+from fastbn import config
+from fastbn.cpu import dispatch
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 AXES = pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
@@ -219,7 +220,7 @@ CALLS = """
 import json
 import numpy as np
 import fastbn
-from fastbn.kernels import variants
+from fastbn.kernels.cpu import variants
 
 settings = {settings}
 made = fastbn.warmup(**settings)
@@ -325,8 +326,8 @@ def test_one_of_each_is_taken_for_a_list_of_one(dtypes, monkeypatch):
 
 def test_numbers_that_stand_twice():
     """fastbn sizes workspace and vectors without importing the kernels, which import Numba: the kernels' own must agree."""
-    from fastbn import layout
-    from fastbn.kernels import columns, columns_backward, simd
+    from fastbn.cpu import layout
+    from fastbn.kernels.cpu import columns, columns_backward, simd
 
     schedule = dispatch.schedule(layout.plan((8, 4, 4, 32), (2048, 512, 128, 4), 3, 4, False), 4, 1)
     assert schedule.scratch[0] == max(columns.TEMPORARY_ROW, columns_backward.TEMPORARY_ROW) + 1

@@ -8,7 +8,7 @@ import pytest
 import reference
 
 import fastbn
-from fastbn import memory
+from fastbn.cpu import memory
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 SHAPES = inputs.SMALL_SHAPES | {

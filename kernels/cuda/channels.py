@@ -1,4 +1,4 @@
-"""What happens once a channel, in float64: from merged moments to scale, running statistics. Twin: kernels/channels.py.
+"""What happens once a channel, in float64: from merged moments to scale, running statistics. Twin: kernels/cpu/channels.py.
 
 Arrays are flat. `table` (float64) has the rows of kernels/rows.py but the last, ANCHOR. `coefs` has the rows below in the type of
 arithmetic: kernels that touch every element read those and nothing in float64.

@@ -1,4 +1,4 @@
-"""Forward kernels for NC and channels last: x is (rows, C), C contiguous. Twin: kernels/columns.py.
+"""Forward kernels for NC and channels last: x is (rows, C), C contiguous. Twin: kernels/cpu/columns.py.
 
 Versions
 --------

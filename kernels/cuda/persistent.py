@@ -1,4 +1,4 @@
-"""Kernels that hold a channel in registers: x is (N, C, S), a block a channel, one launch. Twin: kernels/planes.py.
+"""Kernels that hold a channel in registers: x is (N, C, S), a block a channel, one launch. Twin: kernels/cpu/planes.py.
 
 Versions
 --------

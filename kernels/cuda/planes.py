@@ -1,4 +1,4 @@
-"""Forward kernels for channels first: x is (N, C, S), S contiguous. Twin: kernels/planes.py.
+"""Forward kernels for channels first: x is (N, C, S), S contiguous. Twin: kernels/cpu/planes.py.
 
 Versions
 --------

@@ -1,4 +1,4 @@
-"""The kernels of each operation, with their arguments by name: the GPU's table. Twin: fastbn/dispatch.py.
+"""The kernels of each operation, with their arguments by name: the GPU's table. Twin: fastbn/cpu/dispatch.py.
 
 What runs follows from shape, dtype, alignment and features alone, so it is worked out once for calls that are alike. A call brings a job,
 every kernel argument by name as on the CPU, and None for arrays that are absent. Importing this module imports neither CuPy nor Numba.

@@ -30,8 +30,8 @@ else:
 
 @pytest.fixture
 def backend(monkeypatch):
-    """fastbn.cuda_backend with blocks of 8 threads (two warps of 4), so that small inputs cross warp, block and tile edges."""
-    from fastbn import cuda_backend
+    """fastbn.cuda.kernels_backend with blocks of 8 threads (two warps of 4), so that small inputs cross warp, block and tile edges."""
+    from fastbn.cuda import kernels_backend as cuda_backend
     from fastbn.kernels.cuda import plan
 
     def choose(persistent):
@@ -50,7 +50,7 @@ def cupy(backend, monkeypatch):
     """A stand-in for CuPy, which the public functions take for it; blocks are small, as in `backend`."""
     import cupy_standin
 
-    from fastbn import cuda_backend
+    from fastbn.cuda import kernels_backend as cuda_backend
     from fastbn.kernels.cuda import host
 
     backend(True)

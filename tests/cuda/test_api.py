@@ -7,7 +7,7 @@ import reference
 from cupy_standin import ndarray, on_device
 
 import fastbn
-from fastbn.gpu import GpuContext
+from fastbn.cuda.backend import GpuContext
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -9,8 +9,9 @@ import threading
 import numpy as np
 import pytest
 
-from fastbn import gpu_arrays, gpu_layout
-from fastbn.gpu import _forward_plan
+from fastbn.cuda import arrays as gpu_arrays
+from fastbn.cuda import layout as gpu_layout
+from fastbn.cuda.backend import _forward_plan
 from fastbn.kernels.cuda import host
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")

@@ -43,7 +43,7 @@ class Context:
     relu: bool
     gamma_dtype: np.dtype[Any] | None
     beta_dtype: np.dtype[Any] | None
-    table: Array  # rows as in kernels/channels.py
+    table: Array  # rows as in kernels/cpu/channels.py
     state: Any  # the backend's: cpu.State or its GPU counterpart; None if x is empty
 
     @property

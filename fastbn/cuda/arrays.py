@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from fastbn import checks
-from fastbn.gpu_layout import Seen, face
+from fastbn.arguments import checks
+from fastbn.cuda.layout import Seen, face
 from fastbn.kernels.cuda import host
 
 Array = Any

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks
+from fastbn.arguments import checks
 from fastbn.kernels import rows
 from fastbn.kernels.cuda import steps
 from fastbn.kernels.cuda.host import (

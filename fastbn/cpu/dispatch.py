@@ -1,4 +1,4 @@
-"""Which kernels run, in which order, over which tasks: a literal table, printed by ``python -m fastbn.dispatch``.
+"""Which kernels run, in which order, over which tasks: a literal table, printed by ``python -m fastbn.cpu.dispatch``.
 
 The key is (operation, family, road). A road says how memory is crossed:
 
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.cpu.layout import LANES, STREAM_FROM, Plan
+from fastbn.cpu.threads import BELL, get_num_threads, importing, parallel
+from fastbn.cpu.uninterrupted import uninterrupted
 from fastbn.kernels.rows import FOUND
-from fastbn.layout import LANES, STREAM_FROM, Plan
-from fastbn.threads import BELL, get_num_threads, importing, parallel
-from fastbn.uninterrupted import uninterrupted
 
 Job = dict[str, Any]
 
@@ -196,9 +196,9 @@ def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[.
 
     def compile_() -> tuple[Callable[..., int], tuple[str, ...]]:
         with importing:  # not inherited half done by a forked child
-            from fastbn.kernels.variants import compiled
+            from fastbn.kernels.cpu.variants import compiled
 
-            function = getattr(import_module(f"fastbn.kernels.{STEPS[name][0]}"), name)
+            function = getattr(import_module(f"fastbn.kernels.cpu.{STEPS[name][0]}"), name)
         names = tuple(inspect.signature(function).parameters)
         given = tuple(a for a in present if a.rpartition("_")[2] in names)  # row_weight and narrow_weight are a weight
         return compiled(function, dtype, given), names  # type: ignore[no-untyped-call]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import dispatch, layout
-from fastbn.dispatch import Schedule
-from fastbn.layout import Plan
+from fastbn.cpu import dispatch, layout
+from fastbn.cpu.dispatch import Schedule
+from fastbn.cpu.layout import Plan
 
 Array = NDArray[Any]
 Tensor = tuple[Array, int, int]

@@ -20,11 +20,11 @@ Versions, in passes over memory (the floor is three):
 4. float32 lanes for half types: 32x512x28x28 in 0.66 of the time in float64 lanes, 8x64x56x56 on one thread in 0.5 (float16; both in turn).
 """
 
-from fastbn.kernels.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
-from fastbn.kernels.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import PREFETCH, ahead_of_run, head_of
-from fastbn.kernels.simd import (
+from fastbn.kernels.cpu.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
+from fastbn.kernels.cpu.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.planes import PREFETCH, ahead_of_run, head_of
+from fastbn.kernels.cpu.simd import (
     LANES,
     centre,
     fence,
@@ -46,7 +46,7 @@ from fastbn.kernels.simd import (
     vectors,
     wide_unless,
 )
-from fastbn.kernels.sums import LARGEST, load_sums, save_sums
+from fastbn.kernels.cpu.sums import LARGEST, load_sums, save_sums
 
 # A scalar of a scratch row, behind three vectors of sums: whether float32 lanes do not do for the channel.
 UNFIT = 3 * LANES

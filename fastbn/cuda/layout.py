@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import layout
+from fastbn.cpu import layout
 from fastbn.kernels.cuda import host
 
 Array = Any

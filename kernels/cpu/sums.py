@@ -1,8 +1,8 @@
 """Moments in the making: sums in registers, kept in a row of scratch from plane to plane, merged block by block."""
 
-from fastbn.kernels.channels import merge, moments_of_sums
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.simd import LANES, bits_above_zero, load, only, splat, store, sum_lanes, vectors
+from fastbn.kernels.cpu.channels import merge, moments_of_sums
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.simd import LANES, bits_above_zero, load, only, splat, store, sum_lanes, vectors
 
 # Columns of a scratch row: three vectors of accumulators, the last for the backward alone, then scalars.
 SUM, SQUARE, LARGEST = 0, LANES, 2 * LANES

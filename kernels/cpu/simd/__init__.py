@@ -42,7 +42,7 @@ Why like this:
   depend on where a vector happens to start.
 """
 
-from fastbn.kernels.simd.arithmetic import (
+from fastbn.kernels.cpu.simd.arithmetic import (
     apart,
     bias,
     centre,
@@ -59,7 +59,7 @@ from fastbn.kernels.simd.arithmetic import (
     wide_unless,
     with_part,
 )
-from fastbn.kernels.simd.elements import (
+from fastbn.kernels.cpu.simd.elements import (
     bits_above_zero,
     get,
     get_bits,
@@ -67,7 +67,7 @@ from fastbn.kernels.simd.elements import (
     put,
     put_bits,
 )
-from fastbn.kernels.simd.memory import (
+from fastbn.kernels.cpu.simd.memory import (
     by_row,
     fence,
     lanes_memory,
@@ -89,7 +89,7 @@ from fastbn.kernels.simd.memory import (
     stream,
     vectors,
 )
-from fastbn.kernels.simd.types import (
+from fastbn.kernels.cpu.simd.types import (
     LANES,
     Pointer,
     Vector,

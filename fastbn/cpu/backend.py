@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import dispatch, layout
-from fastbn.dispatch import Job, Schedule
+from fastbn.cpu import dispatch, layout
+from fastbn.cpu.dispatch import Job, Schedule
+from fastbn.cpu.layout import Plan
+from fastbn.cpu.memory import Frame, Tensor, Weights, block_totals, both_streamed, readable, streamed, writable
 from fastbn.kernels import rows
-from fastbn.layout import Plan
-from fastbn.memory import Frame, Tensor, Weights, block_totals, both_streamed, readable, streamed, writable
 
 Array = NDArray[Any]
 
@@ -101,7 +101,7 @@ def wide_lanes(dtype: str, residual: object) -> bool:
 
 
 def brief_sums(dtype: str, weights: object, frozen: bool) -> bool | None:
-    """True or None: whether a backward is computed in float32 lanes where they do (kernels/planes_backward.py)."""
+    """True or None: whether a backward is computed in float32 lanes where they do (kernels/cpu/planes_backward.py)."""
     return True if dtype in ("float16", "bfloat16") and weights is None and not frozen else None
 
 

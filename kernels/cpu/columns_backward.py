@@ -4,11 +4,11 @@ The layouts and the strips are those of columns.py, the formulas those of planes
 sweep everything once each; `backward_columns` takes short planes, or few rows, strip by strip, so that the second sweep reads the cache.
 """
 
-from fastbn.kernels.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
-from fastbn.kernels.columns import constant_row
-from fastbn.kernels.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.simd import (
+from fastbn.kernels.cpu.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
+from fastbn.kernels.cpu.columns import constant_row
+from fastbn.kernels.cpu.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.simd import (
     LANES,
     centre,
     fence,
@@ -30,7 +30,7 @@ from fastbn.kernels.simd import (
     vectors,
     wide_unless,
 )
-from fastbn.kernels.strips import (
+from fastbn.kernels.cpu.strips import (
     ahead_of,
     clear,
     collapse,

@@ -1,8 +1,8 @@
 """What the forward and the backward of columns share: strips of channels, constants and sums by column, tiles and prefetches."""
 
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import PREFETCH
-from fastbn.kernels.simd import (
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.planes import PREFETCH
+from fastbn.kernels.cpu.simd import (
     LANES,
     by_row,
     get,

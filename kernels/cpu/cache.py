@@ -67,7 +67,7 @@ def sources():
     """A digest of every file of the CPU kernels, so that an edited helper is noticed."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.glob("simd/*.py")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("simd/*.py"), *here.parent.glob("*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -1,7 +1,7 @@
 """Our own threads over nogil kernels; Numba's threading layers are never started.
 
 Those layers abort when two Python threads use them at once (workqueue) or kill a forked child (omp). A call here is cut into pieces,
-which its threads take from a board, one by one, until there are none (kernels/team.py): the caller, and a few daemon threads that wait
+which its threads take from a board, one by one, until there are none (kernels/cpu/team.py): the caller, and a few daemon threads that wait
 on a queue each. Who computes a piece never changes its bits.
 
 - The caller takes what no worker has begun, so nothing ever depends on a worker, and returns when all pieces are computed, without
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import processors
+from fastbn.cpu import processors
 from fastbn.kernels.rows import DONE, NEXT
 
 Board = NDArray[np.int64]
@@ -148,7 +148,7 @@ def _serve(queue: SimpleQueue[_Share]) -> None:
 
 
 _pool = _Pool()
-# Rung by callers, heard by workers that linger (kernels/team.py).
+# Rung by callers, heard by workers that linger (kernels/cpu/team.py).
 BELL = np.zeros(1, np.int64)
 
 # Held while kernels' modules are imported, which takes a second at first and starts with Numba.

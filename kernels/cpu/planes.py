@@ -21,9 +21,9 @@ the host knows, or None. `wide` says in which lanes y is computed: None
 for float32, for those channels alone that fit; True for float64; False for float64, and for those channels alone that did not fit.
 """
 
-from fastbn.kernels.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, off_centre, shift_of_channel, takes
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.simd import (
+from fastbn.kernels.cpu.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, off_centre, shift_of_channel, takes
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.simd import (
     LANES,
     bias,
     bits_above_zero,
@@ -47,7 +47,7 @@ from fastbn.kernels.simd import (
     store_some,
     stream,
 )
-from fastbn.kernels.sums import (
+from fastbn.kernels.cpu.sums import (
     AVERAGE,
     COUNT,
     M2,

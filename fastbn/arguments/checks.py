@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import scalars
+from fastbn.arguments import scalars
 
 Array = NDArray[Any]
 

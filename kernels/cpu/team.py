@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastbn.kernels.helpers import inline
+from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.rows import DONE, FOUND, NEXT
 
 BOARD = types.int64[::1]

@@ -26,10 +26,10 @@ Tried and lost: four vectors of a row at a time in a tile of the statistics (no 
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
 
-from fastbn.kernels.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, off_centre, shift_of_channel, takes
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.planes import count_of, flush_bits, normalise, normalise_some
-from fastbn.kernels.simd import (
+from fastbn.kernels.cpu.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, off_centre, shift_of_channel, takes
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.planes import count_of, flush_bits, normalise, normalise_some
+from fastbn.kernels.cpu.simd import (
     LANES,
     bias,
     fence,
@@ -48,7 +48,7 @@ from fastbn.kernels.simd import (
     store,
     vectors,
 )
-from fastbn.kernels.strips import (
+from fastbn.kernels.cpu.strips import (
     ahead_of,
     clear,
     collapse,
@@ -60,7 +60,7 @@ from fastbn.kernels.strips import (
     strip_of,
     weight_vector,
 )
-from fastbn.kernels.sums import add_value
+from fastbn.kernels.cpu.sums import add_value
 
 # Rows of a thread's scratch: constants and accumulators by column.
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)

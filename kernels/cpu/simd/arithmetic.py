@@ -9,7 +9,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic
 
-from fastbn.kernels.simd.types import (
+from fastbn.kernels.cpu.simd.types import (
     F32,
     F64,
     I1,

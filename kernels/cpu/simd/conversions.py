@@ -4,7 +4,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from fastbn.kernels.simd.types import (
+from fastbn.kernels.cpu.simd.types import (
     F16,
     F32,
     F64,

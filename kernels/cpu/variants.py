@@ -12,9 +12,9 @@ from numba import njit, types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from fastbn.kernels import team
-from fastbn.kernels.cache import KernelCache
-from fastbn.kernels.simd import Pointer, bfloat16
+from fastbn.kernels.cpu import team
+from fastbn.kernels.cpu.cache import KernelCache
+from fastbn.kernels.cpu.simd import Pointer, bfloat16
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
 # What is not an int64, whatever the data is.
@@ -116,7 +116,7 @@ def compiled(function, dtype, present=()):
     """
     variant = (function, dtype, present)
     if variant not in _compiled:
-        # Numba's own lock, which fastbn.threads holds over a fork. With one of ours around it, a thread that holds Numba's and
+        # Numba's own lock, which fastbn.cpu.threads holds over a fork. With one of ours around it, a thread that holds Numba's and
         # needs a kernel could wait for ever.
         with global_compiler_lock:
             if variant not in _compiled:

@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from fastbn.kernels import formulas
-from fastbn.kernels.helpers import inline
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.simd import get, moved, put, two_words
 from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for all CPU kernels)
     ANCHOR,
     BACKWARD_ROWS,
@@ -28,7 +29,6 @@ from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for a
     TABLE_ROWS,
     VAR,
 )
-from fastbn.kernels.simd import get, moved, put, two_words
 
 merge = inline(formulas.merge)
 exact_sum = inline(formulas.exact_sum)

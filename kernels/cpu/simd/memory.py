@@ -5,8 +5,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastbn.kernels.simd.conversions import narrow, narrow_to_stream, widen
-from fastbn.kernels.simd.types import (
+from fastbn.kernels.cpu.simd.conversions import narrow, narrow_to_stream, widen
+from fastbn.kernels.cpu.simd.types import (
     ELEMENTS,
     F16,
     F32,

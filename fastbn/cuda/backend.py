@@ -1,6 +1,6 @@
 """GPU arrays on their way to the kernels: the functions of functional.py for arrays with ``__cuda_array_interface__``. Twin: cpu.py.
 
-The same checks with the same errors, the same planning by strides, then `fastbn.cuda_backend`. Nothing here reads what is on the GPU,
+The same checks with the same errors, the same planning by strides. Nothing here reads what is on the GPU,
 so nothing waits for it. Arrays that the kernels cannot read in place are copied on the GPU, once. Importing this module imports neither
 CuPy nor Numba.
 
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbn import checks, cuda_backend, scalars
-from fastbn.context import Context
-from fastbn.gpu_arrays import Arrays, Facts, Shapes, is_gpu_array
-from fastbn.gpu_layout import Channels, Layout, assign, channels, native_copy, no_more
+from fastbn.arguments import checks, scalars
+from fastbn.common.context import Context
+from fastbn.cuda import kernels_backend as cuda_backend
+from fastbn.cuda.arrays import Arrays, Facts, Shapes, is_gpu_array
+from fastbn.cuda.layout import Channels, Layout, assign, channels, native_copy, no_more
 from fastbn.kernels import rows
 
 if TYPE_CHECKING:

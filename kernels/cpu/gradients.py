@@ -3,8 +3,8 @@
 Like `sums.py` for the forward. Formulas and kinds of lanes are those of planes_backward.py.
 """
 
-from fastbn.kernels.helpers import inline
-from fastbn.kernels.simd import (
+from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.simd import (
     apart,
     bits_above_zero,
     get_bits,

@@ -4,8 +4,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastbn.kernels.simd.conversions import widen
-from fastbn.kernels.simd.types import (
+from fastbn.kernels.cpu.simd.conversions import widen
+from fastbn.kernels.cpu.simd.types import (
     ELEMENTS,
     F64,
     I1,

@@ -1,0 +1,1 @@
+"""Kernels for the CPU, written in Python for Numba. Nothing is imported here."""
