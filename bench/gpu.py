@@ -44,10 +44,10 @@ def require() -> Any:
     NoGpu
         Where CuPy, numba-cuda, the driver or the GPU is missing.
     """
-    from fastbn.kernels.cuda import host
+    from fastbn.cuda import loading
 
     try:
-        xp = host.kernels().arrays
+        xp = loading.kernels().arrays
         if xp is np:
             raise NoGpu(f"the simulator is on (NUMBA_ENABLE_CUDASIM=1): it has no speed to measure; {NEEDS}")
         count = xp.cuda.runtime.getDeviceCount()
@@ -62,7 +62,7 @@ def require() -> Any:
 
 def describe(xp: Any) -> dict:
     """The GPU, its driver and the versions of everything that runs on it."""
-    from fastbn.kernels.cuda import host
+    from fastbn.cuda import loading
 
     runtime, torch = xp.cuda.runtime, peers.torch
     found = runtime.getDeviceProperties(runtime.getDevice())
@@ -75,7 +75,7 @@ def describe(xp: Any) -> dict:
         "memory_bytes": found["totalGlobalMem"],
         "driver": runtime.driverGetVersion(),
         "runtime": runtime.runtimeGetVersion(),
-        "simulated": bool(host.kernels().simulated),
+        "simulated": bool(loading.kernels().simulated),
         "versions": {"cupy": xp.__version__, "cudnn": cudnn, **{name: machine._version(name) for name in ("numba-cuda", "cuda-core")}},
     }
 

@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
 import cupy_standin
 
 import fastbn
-from fastbn.cuda import kernels_backend as cuda_backend
-from fastbn.kernels.cuda import host, launch
+from fastbn.cuda import loading, streams
+from fastbn.kernels.cuda import launch
 
 CALLS, ROUNDS = 1000, 15
 SHAPES = {"two launches": (32, 64, 56, 56), "one launch": (32, 512, 14, 14)}
@@ -46,7 +46,7 @@ def arrays_of_cupy() -> tuple[Any, Callable[[np.ndarray], Any]]:
         owner = memory.UnownedMemory(a.ctypes.data, a.nbytes, a, 0)
         return cupy.ndarray(a.shape, a.dtype, memory.MemoryPointer(owner, 0))
 
-    host._workspaces[0, host.LEGACY_STREAM, 0] = full = host.Workspace()
+    streams._workspaces[streams.Stream(0, streams.LEGACY_STREAM)] = full = streams.Workspace()
     full.partials = full.counters = launch.DeviceArray(1 << 40, 1 << 20, 8, "<f8")  # zeros would be a kernel of CuPy's
     return cupy, over
 
@@ -87,8 +87,8 @@ def calls(xp: Any, over: Callable[[np.ndarray], Any], shape: tuple[int, ...]) ->
 
 def main() -> None:
     real = importlib.util.find_spec("cupy") is not None
-    known = replace(host.kernels(), simulated=False)  # arguments as pointers, not the simulator's views
-    host.kernels = cuda_backend.kernels = lambda: known
+    known = replace(loading.kernels(), simulated=False)  # arguments as pointers, not the simulator's views
+    loading.kernels = lambda: known
     xp, over = arrays_of_cupy() if real else (cupy_standin.module(), cupy_standin.on_device)
     known = replace(known, arrays=xp)
     launch.ready, launch.launch = lambda *arguments: None, packed

@@ -6,7 +6,7 @@
     batch_norm_backward_apply(dy, ctx, ...) `batch_norm_backward_elemt`
 
 Between the steps the caller exchanges O(C) numbers with whatever it likes. Together they give what `batch_norm_forward` and
-`batch_norm_backward` give for the whole batch.
+`batch_norm_backward` give for the whole batch. Arrays are NumPy's or CuPy's; a part's moments are on its device.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import running
-from fastbn.arguments import checks, scalars
+from fastbn.arguments import overlaps, scalars
+from fastbn.arguments.plans import look, look_back
 from fastbn.common.context import Context
-from fastbn.cpu import backend as cpu
-from fastbn.cpu import memory
-from fastbn.cuda import arrays as gpu_arrays
-from fastbn.kernels import rows
+from fastbn.common.plan import Plan
+from fastbn.functional import context, weighed
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
 
-_ON_HOST = "pass cupy.asnumpy({0}); for a batch that is all on one GPU use batch_norm_forward and batch_norm_backward"
+_MADE_BY = "batch_norm_forward_apply or batch_norm_forward"
 
 
 def batch_norm_forward_apply(
@@ -96,73 +94,59 @@ def batch_norm_forward_apply(
     >>> np.allclose(np.concatenate(y), fastbn.batch_norm_forward(whole)[0], rtol=0, atol=1e-13)
     True
     """
-    for name, a in (("x", x), ("moments.mean", getattr(moments, "mean", None))):
-        gpu_arrays.refuse(name, a, "batch_norm_forward_apply", _ON_HOST)
-    x, dtype, axis = checks.x_and_axis(x, axis)
-    gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
-    mean, var = checks.running(running_mean, running_var, x, axis, True)
-    eps, momentum, relu = scalars.eps(eps), scalars.momentum(momentum), scalars.activation(activation)
-    if residual is not None:
-        residual = checks.like(residual, "residual", x)
-    weight = checks.weights(sample_weight, x, axis)
-    written = None  # `out` as a plain array
-    if out is not None:
-        named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
-        written = checks.output(out, x, None, (*named, ("sample_weight", weight)))
-    _check_moments(moments, x, axis)
+    arrays = x, gamma, beta, running_mean, running_var, residual, sample_weight, out
+    plan, arrays, exchange = look("forward_apply", arrays, axis, True, activation)
+    eps, momentum = scalars.eps(eps), scalars.momentum(momentum)
+    backend: Any = plan.backend
+    x_, gamma_, beta_, mean, var, residual_, weight, out_ = arrays
+    if (plan.moves or out_ is not None) and not backend.separate(plan, arrays):
+        overlaps.check_forward(plan, *arrays)
+    _check_moments(moments, plan)
     n = moments.count if effective_count is None else scalars.number(effective_count, "effective_count")
-
-    table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
-    state = None
-    if moments.count:  # any part has a value
-        cpu.set_statistics(table, moments.mean, moments.var(), moments.mean_lo)
-    if x.size:
-        x_native = memory.native(x)
-        frame = memory.frame_of(x_native, axis, dtype, weight is not None)
-        weights = None if weight is None else memory.weights_of(weight, frame)
-        _check_count(moments, float(frame.plan.count) if weights is None else weights.total, weights is None, x, axis)
-        if weights is not None and mean is not None and unbiased and effective_count is None and weights.total != weights.effective:
+    weights = None if weight is None else weighed(plan, weight)
+    if not plan.empty:
+        _check_count(moments, plan, weights)
+    if plan.moves and unbiased and moments.count:
+        if weights is not None and effective_count is None and not weights.are_a_mask():
             raise ValueError(
                 "sample_weight has weights other than 0 and 1, for which the moments do not tell the n of n / (n - 1): pass "
                 "effective_count=sum(w)**2 / sum(w**2) over all parts, or unbiased=False"
             )
-    if mean is not None and unbiased and moments.count and not 1.0 < n < math.inf:
-        raise ValueError(
-            f"effective_count is {n}; the factor n / (n - 1) of running_var needs a finite n of more than 1: pass "
-            "unbiased=False, or no running statistics"
-        )
-    if x.size:
-        y, mask = cpu.normalise(x_native, frame, table, eps, True, relu, relu, residual, None, written, x.dtype)
-        state = cpu.State(frame, table, mask, weights)
-    else:
-        table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
-        y = np.empty_like(x)
-    if mean is not None and var is not None and moments.count:
-        running.update(table, mean, var, momentum, running.correction(n) if unbiased else 1.0)
-    dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
-    return y if out is None else out, Context(x, axis, True, moments.count, residual is not None, relu, *dtypes, table, state)
+        if not 1.0 < n < math.inf:
+            raise ValueError(
+                f"effective_count is {n}; the factor n / (n - 1) of running_var needs a finite n of more than 1: pass "
+                "unbiased=False, or no running statistics"
+            )
+    correction = n / (n - 1.0) if plan.moves and unbiased and moments.count else 1.0
+    y, ctx = backend.forward_apply(plan, x_, gamma_, beta_, mean, var, residual_, out_, weights, eps, momentum, correction, moments)
+    if exchange is not None:
+        ctx.x, y = x, exchange.back(y, mean, var)
+    return y if out is None else out, ctx
 
 
-def _check_moments(moments: Any, x: Array, axis: int) -> None:
+def _check_moments(moments: Any, plan: Plan) -> None:
+    """The moments are of x's number of channels, and on its device."""
     if not isinstance(moments, Moments):
         kind = type(moments).__name__
         raise TypeError(f"moments is a {kind}; pass the Moments of all parts: fastbn.moments(part), merged with +")
-    if not isinstance(moments.mean, np.ndarray):
+    if moments.count and (type(moments.mean) is np.ndarray) != (plan.backend.LIBRARY == "np"):
         raise TypeError("moments are on another device than x; make both of NumPy arrays, or both of CuPy arrays")
-    C = x.shape[axis]
-    if moments.mean.shape != (C,):
-        raise ValueError(f"moments are of {len(moments.mean)} channels, but x has shape {x.shape} with {C} channels on axis {axis}")
-
-
-def _check_count(moments: Moments, count: float, whole: bool, x: Array, axis: int) -> None:
-    """Raise where the moments cannot be those of a batch that x is a part of; `count` is x's own."""
-    # Sums of weights may have been rounded in another order.
-    if moments.count < count * (1.0 - 1e-9):
+    if moments.mean.shape != (plan.C,):
         raise ValueError(
-            f"moments have count {moments.count:g}, but x of shape {x.shape} alone has {count:g} on axis {axis}: pass the moments "
+            f"moments are of {len(moments.mean)} channels, but x has shape {plan.shape} with {plan.C} channels on axis {plan.axis}"
+        )
+
+
+def _check_count(moments: Moments, plan: Plan, weights: Any) -> None:
+    """Raise where the moments cannot be those of a batch that x is a part of. On a GPU the sum of x's weights is not waited for."""
+    count = float(plan.count) if weights is None else weights.total
+    # Sums of weights may have been rounded in another order.
+    if count is not None and moments.count < count * (1.0 - 1e-9):
+        raise ValueError(
+            f"moments have count {moments.count:g}, but x of shape {plan.shape} alone has {count:g} on axis {plan.axis}: pass the moments "
             "of all parts, merged with +, taken with the same sample_weight"
         )
-    if moments.count == 0.0 or (whole and moments.count == 1.0):
+    if moments.count == 0.0 or (weights is None and moments.count == 1.0):
         raise ValueError(
             f"moments have count {moments.count:g}: the variance of one value is 0 and says nothing; train with more values, or "
             "normalise with batch_norm_inference"
@@ -203,11 +187,9 @@ def batch_norm_backward_reduce(dy: Array, ctx: Context) -> tuple[Array, Array]:
     >>> sum_dy.tolist(), sum_dy_xmu.tolist()
     ([1.5], [-0.5])
     """
-    x, dy = _arguments(dy, ctx)
-    if x.size == 0:
-        return np.zeros(x.shape[ctx.axis]), np.zeros(x.shape[ctx.axis])
-    grads = cpu.reduce(dy, x, ctx.state)
-    return grads[rows.SUM_DY].copy(), grads[rows.SUM_DY_XMU].copy()
+    plan, (x, dy), exchange = look_back("reduce", context(ctx, _MADE_BY), (dy,))
+    sums: tuple[Array, Array] = plan.backend.backward_reduce(plan, x, dy, ctx)
+    return sums if exchange is None else (exchange.back(sums[0]), exchange.back(sums[1]))
 
 
 def batch_norm_backward_apply(
@@ -253,35 +235,21 @@ def batch_norm_backward_apply(
     >>> np.allclose(dx, fastbn.batch_norm_backward(dy, ctx)[0], rtol=0, atol=1e-13)
     True
     """
-    x, dy = _arguments(dy, ctx)
-    if not ctx.training:
+    if not context(ctx, _MADE_BY).training:
         raise ValueError("ctx is of a forward with given statistics, whose dx needs no sums: use batch_norm_backward")
-    sums = checks.vector(sum_dy, "sum_dy", x, ctx.axis), checks.vector(sum_dy_xmu, "sum_dy_xmu", x, ctx.axis)
-    if sums[0] is None or sums[1] is None:
+    if sum_dy is None or sum_dy_xmu is None:
         raise TypeError("sum_dy and sum_dy_xmu must be arrays of shape (C,), from batch_norm_backward_reduce")
+    plan, arrays, exchange = look_back("apply", ctx, (dy, sum_dy, sum_dy_xmu, out))
+    x, dy, sum_dy_, sum_dy_xmu_, out_ = arrays
     n = ctx.count if count is None else scalars.number(count, "count")
-    if x.size and not 0.0 < n < np.inf:
+    if count is not None and not plan.empty and not 0.0 < n < np.inf:
         raise ValueError(f"count is {n}; it must be the whole batch's: values per channel, or the sum of the weights")
-    written = None
-    if out is not None:
-        named = (("dy", dy), ("x, which ctx holds", x), ("sum_dy", sums[0]), ("sum_dy_xmu", sums[1]))
-        written = checks.output(out, x, dy, named)
-    dx: Array
-    dresidual: Array | None
-    if x.size == 0:
-        dx, dresidual = np.empty_like(x), np.empty_like(x)
-    else:
-        as_float64 = sums[0].astype(np.float64), sums[1].astype(np.float64)
-        dx, dresidual = cpu.apply(dy, x, ctx.state, as_float64, n, ctx.has_residual, written)
+    if out_ is not None and not plan.backend.separate(plan, arrays):
+        named = (("dy", dy), ("x, which ctx holds", x), ("sum_dy", sum_dy_), ("sum_dy_xmu", sum_dy_xmu_))
+        overlaps.check_out(plan.backend, out_, "dy", named)
+    dx, dresidual = plan.backend.backward_apply(plan, x, dy, ctx, sum_dy_, sum_dy_xmu_, n, out_)
+    if exchange is not None:
+        dx, dresidual = exchange.back(dx), exchange.back(dresidual)
     if out is not None:
         dx = out
     return (dx, dresidual) if ctx.has_residual else dx
-
-
-def _arguments(dy: Any, ctx: Any) -> tuple[Array, Array]:
-    """x and dy."""
-    if not isinstance(ctx, Context):
-        raise TypeError(f"ctx is a {type(ctx).__name__}; pass the second result of batch_norm_forward_apply or batch_norm_forward")
-    for name, a in (("ctx.x", ctx.x), ("dy", dy)):
-        gpu_arrays.refuse(name, a, "the backward in two steps", _ON_HOST)
-    return ctx.x, checks.like(dy, "dy", ctx.x)

@@ -236,3 +236,32 @@ def _flatten(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
             yield from _flatten(value, path + "/")
         else:
             yield re.sub(r"^(params|batch_stats)/", "", path).removesuffix(":0"), value
+
+
+def overwrite(layer: object, values: Mapping[str, Any]) -> None:
+    """Write into the layer's arrays of these names, and set its numbers: all of it, or on any exception nothing.
+
+    Raises
+    ------
+    ValueError
+        For an array of the layer that is read-only.
+    """
+    old = {field: getattr(layer, field) for field in values}
+    arrays = {field: a for field, a in old.items() if getattr(a, "ndim", 0)}
+    for field, a in arrays.items():
+        if not getattr(a.flags, "writeable", True):  # CuPy knows no read-only arrays
+            raise ValueError(f"the layer's {field} is read-only, but is written in place; set bn.{field} = bn.{field}.copy()")
+    before = old | {field: a.copy() for field, a in arrays.items()}
+
+    def write(new: Mapping[str, Any]) -> None:
+        for field, value in new.items():
+            if field in arrays:
+                arrays[field][...] = value
+            else:
+                setattr(layer, field, value)
+
+    try:
+        write(values)
+    except BaseException:  # Ctrl-C among them
+        write(before)
+        raise

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastbn.arguments import checks, scalars
+from fastbn.arguments.kinds import plain_array
+from fastbn.common.facts import DTYPES
 from fastbn.statistics import Array, namespace_of
 
 
@@ -66,7 +68,7 @@ def fold_batch_norm(
     """
     xp = namespace_of(weight)
     weight = _array(xp, "weight", weight)
-    if weight.dtype.name not in checks.DTYPES:
+    if weight.dtype.name not in DTYPES:
         advice = checks.cast_advice(weight.dtype, "weight")
         raise TypeError(f"weight has dtype {weight.dtype}; allowed are {checks.ALLOWED}: {advice}")
     if weight.ndim == 0:
@@ -113,7 +115,7 @@ def _check_overflow(xp: Any, name: str, exact: Array, rounded: Array, finite: Ar
 def _array(xp: Any, name: str, a: Any) -> Array:
     """An array of the namespace; of NumPy's subclasses, np.matrix among them, as a plain one."""
     if xp is np:
-        return checks.array(a, name)
+        return plain_array(a, name)
     if not isinstance(a, xp.ndarray):
         raise TypeError(f"{name} is a {type(a).__name__}, but weight is a {xp.__name__} array: pass {xp.__name__}.asarray({name})")
     return a
@@ -122,7 +124,7 @@ def _array(xp: Any, name: str, a: Any) -> Array:
 def _vector(xp: Any, name: str, values: Array, weight: Array, axis: int) -> Array:
     """`values` as float64 (C,) of weight's namespace, C being weight's length along `axis`."""
     values = _array(xp, name, values)
-    if values.dtype.kind not in "iu" and values.dtype.name not in checks.DTYPES:
+    if values.dtype.kind not in "iu" and values.dtype.name not in DTYPES:
         raise TypeError(f"{name} has dtype {values.dtype}; it must hold real numbers: {checks.cast_advice(values.dtype, name)}")
     if values.shape != (weight.shape[axis],):
         raise ValueError(

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import running
-from fastbn.arguments import checks, scalars
+from fastbn.arguments import checks, overlaps, scalars
+from fastbn.arguments.plans import look, look_back
 from fastbn.common.context import Context
-from fastbn.cpu import backend as cpu
-from fastbn.cpu import memory
-from fastbn.cuda import backend as gpu
-from fastbn.kernels import rows
+from fastbn.common.plan import Plan
 
 if TYPE_CHECKING:
     from fastbn.statistics import Moments
@@ -106,57 +102,40 @@ def batch_norm_forward(
     >>> y[:, 0].round(3).tolist()
     [[-1.151, -0.822], [0.822, 1.151]]
     """
-    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
-        return gpu.forward(
-            x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, unbiased, activation, residual, sample_weight, out
-        )
-    x, dtype, axis = checks.x_and_axis(x, axis)
-    gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
-    mean, var = checks.running(running_mean, running_var, x, axis, bool(training))
-    eps, momentum, relu = scalars.eps(eps), scalars.momentum(momentum), scalars.activation(activation)
-    if residual is not None:
-        residual = checks.like(residual, "residual", x)
-    weight = checks.weights(sample_weight, x, axis)
-    written = None  # `out` as a plain array
-    if out is not None:
-        named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("running_mean", mean), ("running_var", var))
-        written = checks.output(out, x, None, (*named, ("sample_weight", weight)))
-    if training and mean is not None and var is not None:
-        read = (("x", x), ("gamma", gamma_), ("beta", beta_), ("residual", residual), ("sample_weight", weight))
-        checks.apart(mean, var, read)
-    if not training and mean is None:
-        raise checks.no_running_statistics()
-
-    table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
-    if not training and mean is not None and var is not None:
-        cpu.set_statistics(table, mean, var)
-    dtypes = (None if gamma_ is None else gamma_.dtype, None if beta_ is None else beta_.dtype)
-    if x.size == 0:  # y is empty, and nothing is learnt
-        with np.errstate(invalid="ignore", divide="ignore"):  # running_var may hold anything
-            table[rows.INVSTD] = 1.0 / np.sqrt(table[rows.VAR] + eps)
-        ctx = Context(x, axis, bool(training), 0.0, residual is not None, relu, *dtypes, table, None)
-        return np.empty_like(x) if out is None else out, ctx
-    x_native = memory.native(x)
-    frame = memory.frame_of(x_native, axis, dtype, weight is not None)
-    weights = None if weight is None else memory.weights_of(weight, frame)
-    count = float(frame.plan.count)
-    effective = count
-    if training:
-        if weights is not None:
-            if weights.positive < 2:
-                raise checks.too_few_weights(weights.positive, x, axis)
-            count = weights.total
-            effective = weights.effective if unbiased and mean is not None else count
-        elif count == 1:
-            raise checks.one_value_per_channel(x.shape, axis)
-    y, mask = cpu.normalise(
-        x_native, frame, table, eps, not training, relu, relu, residual, weights if training else None, written, x.dtype
-    )
-    state = cpu.State(frame, table, mask, weights if training else None)
-    ctx = Context(x, axis, bool(training), count, residual is not None, relu, *dtypes, table, state)
-    if training and mean is not None and var is not None:
-        running.update(table, mean, var, momentum, running.correction(effective) if unbiased else 1.0)
+    arrays = x, gamma, beta, running_mean, running_var, residual, sample_weight, out
+    plan, arrays, exchange = look("forward", arrays, axis, bool(training), activation)
+    eps, momentum = scalars.eps(eps), scalars.momentum(momentum)
+    backend: Any = plan.backend
+    x_, gamma_, beta_, mean, var, residual_, weight, out_ = arrays
+    if (plan.moves or out_ is not None) and not backend.separate(plan, arrays):
+        overlaps.check_forward(plan, *arrays)
+    weights = None if weight is None else weighed(plan, weight)
+    y, ctx = backend.forward(plan, x_, gamma_, beta_, mean, var, residual_, out_, weights, eps, momentum, unbiased)
+    if exchange is not None:
+        ctx.x, y = x, exchange.back(y, mean, var)
     return y if out is None else out, ctx
+
+
+def weighed(plan: Plan, weight: Array) -> Any:
+    """Sample weights as the backend's kernels read them, checked as far as their values can be known without waiting; None if x is empty.
+
+    Raises
+    ------
+    ValueError
+        For weights that are not finite and >= 0, or of which training finds fewer than two above 0.
+    """
+    backend = plan.backend
+    span = backend.weight_range(weight)
+    if span is not None:
+        checks.weight_values(*span)
+    if plan.empty:
+        return None
+    weights = backend.weigh(plan, weight)
+    if weights.positive is not None:
+        checks.weight_total(weights.total)
+        if plan.training and plan.operation == "forward":
+            checks.positive_weights(weights.positive, plan.seen["x"], plan.axis)
+    return weights
 
 
 def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) -> tuple[Array | None, ...]:
@@ -203,24 +182,27 @@ def batch_norm_backward(dy: Array, ctx: Context, *, out: Array | None = None) ->
     >>> dgamma.round(6).tolist(), dbeta
     ([-1.0], None)
     """
-    if not isinstance(ctx, Context):
-        raise TypeError(f"ctx is a {type(ctx).__name__}; pass the second result of batch_norm_forward")
-    x = ctx.x
-    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
-        return gpu.backward(dy, ctx, out)
-    dy = checks.like(dy, "dy", x)
-    written = None if out is None else checks.output(out, x, dy, (("dy", dy), ("x, which ctx holds", x)))
-    if x.size == 0:
-        grads = np.zeros((rows.BACKWARD_ROWS, x.shape[ctx.axis]))
-        dresidual: Array | None
-        dx, dresidual = np.empty_like(x), np.empty_like(x)
-    else:
-        dx, grads, dresidual = cpu.backward(dy, x, ctx.state, not ctx.training, ctx.count, ctx.has_residual, written)
-    if out is not None:
-        dx = out
-    dgamma = None if ctx.gamma_dtype is None else grads[rows.DGAMMA].astype(ctx.gamma_dtype)
-    dbeta = None if ctx.beta_dtype is None else grads[rows.SUM_DY].astype(ctx.beta_dtype)
-    return (dx, dgamma, dbeta, dresidual) if ctx.has_residual else (dx, dgamma, dbeta)
+    plan, arrays, exchange = look_back("backward", context(ctx), (dy, out))
+    x, dy, out_ = arrays
+    if out_ is not None and not plan.backend.separate(plan, arrays):
+        overlaps.check_out(plan.backend, out_, "dy", (("dy", dy), ("x, which ctx holds", x)))
+    results: tuple[Array | None, ...] = plan.backend.backward(plan, x, dy, ctx, out_)
+    if exchange is not None:
+        results = tuple(exchange.back(a) for a in results)
+    return results if out is None else (out, *results[1:])
+
+
+def context(ctx: object, made_by: str = "batch_norm_forward") -> Context:
+    """A forward's context.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if type(ctx) is not Context:
+        raise TypeError(f"ctx is a {type(ctx).__name__}; pass the second result of {made_by}")
+    return ctx
 
 
 def batch_norm_inference(
@@ -264,27 +246,17 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(x, None, None, np.array([1.0, 2.0]), np.ones(2), eps=1e-12).round(6).tolist()
     [[0.0, 0.0], [2.0, 2.0]]
     """
-    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
-        return gpu.inference(x, gamma, beta, mean, var, eps, axis, activation, residual, out)  # type: ignore[no-any-return]
-    x, dtype, axis = checks.x_and_axis(x, axis)
-    gamma_, beta_ = checks.vector(gamma, "gamma", x, axis), checks.vector(beta, "beta", x, axis)
-    mean_, var_ = checks.vector(mean, "mean", x, axis), checks.vector(var, "var", x, axis)
-    if mean_ is None or var_ is None:
-        raise TypeError("mean and var must be arrays of shape (C,); use batch_norm_forward for the statistics of x")
-    eps, relu = scalars.eps(eps), scalars.activation(activation)
-    if residual is not None:
-        residual = checks.like(residual, "residual", x)
-    written = None
-    if out is not None:
-        named = (("x", x), ("residual", residual), ("gamma", gamma_), ("beta", beta_), ("mean", mean_), ("var", var_))
-        written = checks.output(out, x, x, named)
-    if x.size == 0:
-        return np.empty_like(x) if out is None else out
-    table = cpu.parameter_table(x.shape[axis], gamma_, beta_)
-    cpu.set_statistics(table, mean_, var_)
-    x_native = memory.native(x)
-    frame = memory.frame_of(x_native, axis, dtype, False, inference=True)
-    y = cpu.normalise(x_native, frame, table, eps, True, relu, False, residual, None, written, x.dtype)[0]
+    arrays = x, gamma, beta, mean, var, residual, out
+    plan, arrays, exchange = look("inference", arrays, axis, False, activation)
+    eps = scalars.eps(eps)
+    backend: Any = plan.backend
+    x_, gamma_, beta_, mean_, var_, residual_, out_ = arrays
+    if out_ is not None and not backend.separate(plan, arrays):
+        others = (("x", x_), ("residual", residual_), ("gamma", gamma_), ("beta", beta_), ("mean", mean_), ("var", var_))
+        overlaps.check_out(backend, out_, "x", others)
+    y = backend.inference(plan, x_, gamma_, beta_, mean_, var_, residual_, out_, eps)
+    if exchange is not None:
+        y = exchange.back(y)
     return y if out is None else out
 
 
@@ -316,17 +288,7 @@ def moments(x: Array, *, axis: int = 1, sample_weight: Array | None = None) -> M
     """
     from fastbn.statistics import Moments
 
-    if type(x) is not np.ndarray and gpu.is_gpu_array(x):
-        return gpu.moments(x, axis, sample_weight)
-    x, dtype, axis = checks.x_and_axis(x, axis)
-    weight = checks.weights(sample_weight, x, axis)
-    if x.size == 0:
-        return Moments.empty(x.shape[axis])
-    x = memory.native(x)
-    frame = memory.frame_of(x, axis, dtype, weight is not None)
-    weights = None if weight is None else memory.weights_of(weight, frame)
-    count = float(frame.plan.count) if weights is None else weights.total
-    if count == 0.0:
-        return Moments.empty(x.shape[axis])
-    table = cpu.statistics(x, frame, weights)
-    return Moments(count, table[rows.MEAN], table[rows.VAR] * count, table[rows.LOW])
+    plan, (x_, weight), _ = look("moments", (x, sample_weight), axis, False, None)
+    weights = None if weight is None else weighed(plan, weight)
+    count, mean, m2, low = plan.backend.moments(plan, x_, weights)
+    return Moments.empty(plan.C) if count == 0.0 else Moments(count, mean, m2, low)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import functional, running
+from fastbn import functional
 from fastbn.arguments import scalars
-from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, get_convention, read_state, write_state
+from fastbn.conventions import CONVENTIONS, FIELDS, VECTORS, get_convention, overwrite, read_state, write_state
 from fastbn.folding import fold_batch_norm
 from fastbn.statistics import Array, Moments, namespace_of, namespace_on, num_channels
 
@@ -246,7 +246,7 @@ class BatchNorm:
         xp, on_device = namespace_on(self.device)
         with on_device:
             new = {field: xp.asarray(value) for field, value in values.items()}
-            running.overwrite(self, new | {"num_batches_tracked": counter})
+            overwrite(self, new | {"num_batches_tracked": counter})
         return convention.name
 
     def fold(self, conv_weight: Array, conv_bias: Array | None = None, axis: int = 0) -> tuple[Array, Array]:
@@ -257,8 +257,8 @@ class BatchNorm:
         """
         if self.running_mean is None:
             raise ValueError("nothing to fold: the layer tracks no running statistics (track_running_stats=False)")
-        statistics = self.running_mean, self.running_var
-        return fold_batch_norm(conv_weight, conv_bias, self.gamma, self.beta, *statistics, eps=self.eps, axis=axis)
+        mean, var = self.running_mean, self.running_var
+        return fold_batch_norm(conv_weight, conv_bias, self.gamma, self.beta, mean, var, eps=self.eps, axis=axis)
 
     def recalibrate(self, batches: Iterable[Array], progress: bool = False) -> BatchNorm:
         """Set the running statistics to the exact ones of a whole data set, whatever its batches' sizes; returns self.
@@ -303,12 +303,11 @@ class BatchNorm:
             mean, var = total.mean.astype(self.dtype), total.var(ddof=int(self.unbiased)).astype(self.dtype)
         usable = (abs(mean) < np.inf) & (var < np.inf)
         if not bool(usable.all()):
-            bad = f"{self.num_features - int(usable.sum())} of {self.num_features} channels"
-            hint = f"have statistics that are not finite in {self.dtype} and keep their running values; look for NaN or inf"
-            warnings.warn(f"{bad} {hint}", RuntimeWarning, stacklevel=2)
+            bad = f"{self.num_features - int(usable.sum())} of {self.num_features} channels have statistics that are not finite in"
+            warnings.warn(f"{bad} {self.dtype} and keep their running values; look for NaN or inf", RuntimeWarning, stacklevel=2)
         xp = namespace_of(mean)
         new_mean, new_var = xp.where(usable, mean, self.running_mean), xp.where(usable, var, self.running_var)
-        running.overwrite(self, {"running_mean": new_mean, "running_var": new_var, "num_batches_tracked": count})
+        overwrite(self, {"running_mean": new_mean, "running_var": new_var, "num_batches_tracked": count})
         return self
 
     def _check_features(self, x: Array) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.arguments import checks, scalars
+from fastbn.arguments.kinds import plain_array
 
 Array = Any  # a NumPy or CuPy array; CuPy is optional and ships no types
 
@@ -210,12 +211,13 @@ def _channel_vector(xp: Any, name: str, values: Array) -> Array:
     """`values` as a fresh float64 array (C,) of the namespace `xp`."""
     if hasattr(values, "__cuda_array_interface__") != (xp is not np):
         raise TypeError(f"{name} and mean must both be NumPy arrays or both be CuPy arrays; convert one")
-    array = xp.asarray(checks.array(values, name) if isinstance(values, np.ndarray) else values)
+    array = xp.asarray(plain_array(values, name) if xp is np and isinstance(values, np.ndarray) else values)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} has dtype {array.dtype}; it must hold real numbers: {checks.cast_advice(array.dtype, name)}")
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; it must be 1-D, (C,)")
-    return array.astype(xp.float64, copy=True)
+    with contextlib.nullcontext() if xp is np else array.device:  # CuPy copies to the current device
+        return array.astype(xp.float64, copy=True)
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:

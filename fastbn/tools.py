@@ -1,4 +1,4 @@
-"""What fastbn would do with an array, and compiling ahead: `explain` and `warmup`. Twin: config.py, `show_config`."""
+"""What fastbn would do with an array, and compiling ahead: `explain` and `warmup`. Beside it: config.py, `show_config`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn.arguments import checks, scalars
-from fastbn.cpu import backend as cpu
-from fastbn.cpu import dispatch, layout, memory
+from fastbn.arguments import scalars
+from fastbn.arguments.kinds import plain_array, refuse_gpu
+from fastbn.arguments.plans import look
+from fastbn.common.facts import DTYPES
+from fastbn.cpu import dispatch
 from fastbn.cpu.dispatch import TABLE
-from fastbn.cuda import arrays as gpu_arrays
+from fastbn.cpu.memory import Frame
+from fastbn.cpu.plan import present_arguments
+from fastbn.cpu.weights import WEIGHT_KINDS
 
 Array = NDArray[Any]
 
@@ -121,24 +125,23 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
     >>> fastbn.explain(x[..., :-1]).copied
     True
     """
-    gpu_arrays.refuse("x", x, "explain", "fastbn.kernels.cuda.plan.plan says what a GPU would run (docs/gpu.md)")
-    x, dtype, axis = checks.x_and_axis(x, axis)
-    weighted = sample_weight if isinstance(sample_weight, (bool, np.bool_)) else checks.weights(sample_weight, x, axis) is not None
-    if x.size == 0:
+    refuse_gpu("x", x, "explain", "fastbn.kernels.cuda.plan.plan says what a GPU would run (docs/gpu.md)")
+    named = sample_weight is None or isinstance(sample_weight, (bool, np.bool_))
+    x = plain_array(x, "x")
+    if named:
+        sample_weight = np.ones(x.shape[:1], bool) if sample_weight else None
+    # The plans that the functions would make; a forward in training needs a second value, or has no plan.
+    forward = _plan("moments", x, sample_weight, axis)
+    axis, dtype = forward.axis, forward.dtype
+    if forward.empty:
         nothing: dict[str, tuple[str, ...]] = {"training forward": (), "inference": (), "backward": ()}
         return Explanation(
             x.shape, dtype, axis, "empty", 0, x.shape[axis], 0, 1, "none", "none", 0, 0, nothing, 1, False, False, "x is empty"
         )
-    as_read, reason = _as_read(x)
-    p = layout.plan(x.shape, as_read, axis, x.itemsize, bool(weighted))
-    frame = memory.Frame(x.shape, axis, dtype, x.itemsize, p)
-    if not reason and p.copied:
-        reason = _why_strides(x)
-    forward, backward = dispatch.schedule(p, x.itemsize, 1), dispatch.schedule(p, x.itemsize, 2)
-    inference = layout.plan(x.shape, as_read, axis, x.itemsize, inference=True)
-    dense = layout.dense_strides(p.order, x.shape, x.itemsize)
-    y = layout.tensor_strides(p, axis, x.shape, dense, x.itemsize)
-    assert y is not None
+    frame, p = forward.frame, forward.frame.layout
+    reason = _why_copied(x) or (_why_strides(x) if p.copied else "")
+    training, backward = frame.schedule(1, False, True), frame.schedule(2, False, True)
+    inference = Frame(forward.seen["x"], axis, dtype, inference=True).layout
     return Explanation(
         shape=x.shape,
         dtype=dtype,
@@ -147,34 +150,42 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
         N=p.N,
         C=p.C,
         S=p.S,
-        fold=p.fold,
-        road=forward.road,
-        backward_road=backward.road,
-        group=forward.group,
-        blocks=forward.blocks,
+        fold=p.folded,
+        road=training.traversal,
+        backward_road=backward.traversal,
+        group=training.group,
+        blocks=training.blocks,
         kernels={
-            "training forward": TABLE["forward", p.family, forward.road],
+            "training forward": _computing(TABLE["forward", p.family, training.traversal]),
             "inference": TABLE["inference", inference.family, "sweeps"],
-            "backward": TABLE["backward", p.family, backward.road],
+            "backward": TABLE["backward", p.family, backward.traversal],
         },
         threads=dispatch.threads_for(x.size),
-        streamed=frame.large and memory.streamed((x, *y), frame, False),  # y's strides; its address matters to masks alone
+        streamed=frame.streams((x, *frame.fresh), False),  # y's strides; its address matters to masks alone
         copied=bool(reason),
         reason=reason or "the kernels read x where it is",
     )
 
 
-def _as_read(x: Array) -> tuple[tuple[int, ...], str]:
-    """The strides with which x reaches the layout, and why it is copied before, or ''. The copy is what `memory.native` makes."""
-    if x.dtype.isnative and x.flags.aligned:
-        return x.strides, ""
+def _plan(operation: str, *arrays_and_axis: Any) -> Any:
+    """The plan of a call, without the call."""
+    *arrays, axis = arrays_and_axis
+    return look(operation, tuple(arrays), axis, False, None)[0]
+
+
+def _computing(kernels: tuple[str, ...]) -> tuple[str, ...]:
+    """The kernels of a line of the table that read or write values of x's shape, or finish channels."""
+    return tuple(name for name in kernels if name != "update_running")
+
+
+def _why_copied(x: Array) -> str:
+    """Why x is copied before its strides are looked at, or ''."""
     if not x.dtype.isnative:
         foreign = "big" if sys.byteorder == "little" else "little"
-        reason = f"its bytes are in {foreign}-endian order; store it as x.astype(x.dtype.newbyteorder('='))"
-    else:
-        reason = f"its address or strides are no multiples of {x.dtype.alignment} bytes (unaligned); store it as x.copy()"
-    # Like ndarray.astype(order="K"), which keeps the order of the axes: layout.axis_order says in which order they lie.
-    return layout.dense_strides(layout.axis_order(x.shape, x.strides), x.shape, x.itemsize), reason
+        return f"its bytes are in {foreign}-endian order; store it as x.astype(x.dtype.newbyteorder('='))"
+    if not x.flags.aligned:
+        return f"its address or strides are no multiples of {x.dtype.alignment} bytes (unaligned); store it as x.copy()"
+    return ""
 
 
 def _why_strides(x: Array) -> str:
@@ -201,7 +212,7 @@ def warmup(
     """Compile now what calls with such arrays will need, so that the first of them does not wait.
 
     With the disk cache on (it is, unless ``FASTBN_CACHE=0``) later processes load the kernels from there: run this once when you
-    build a container image, or before workers are forked. GPU kernels are compiled by their first call. One kernel is left out: the
+    build a container image, or before workers are forked. GPU kernels are compiled by their first call. One program is left out: the
     one that normalises, in float64 lanes, a channel for which float32 lanes do not do (docs/numerics.md).
 
     Parameters
@@ -218,7 +229,7 @@ def warmup(
     Returns
     -------
     int
-        Kernels made ready: compiled, or loaded from the disk cache. 0 if all were.
+        Programs made ready: compiled, or loaded from the disk cache. 0 if all were.
 
     Raises
     ------
@@ -244,12 +255,10 @@ def warmup(
 
     before = len(variants._compiled)
     for dtype in names:
-        for operation, present, frozen in _calls(features, dtype):
-            for of, family, road in TABLE:
-                if of == operation and family in families and (road == "sweeps" or not frozen):
-                    dispatch.program(operation, family, road, dtype, present)
-        for running in ("float32", "float64") if dtype == "float64" else ("float32",):
-            dispatch.step("update_running", running, ())
+        for run, present, frozen in _calls(features, dtype):
+            for of, family, traversal in TABLE:
+                if of == run and family in families and (traversal == "sweeps" or not frozen):
+                    dispatch.program(run, family, traversal, dtype, present)
     return len(variants._compiled) - before
 
 
@@ -261,13 +270,13 @@ def _several(given: Any) -> tuple[Any, ...]:
 
 
 def _dtype_name(dtype: Any) -> str:
-    """A name in `checks.DTYPES`: of itself, of a NumPy dtype, or of what NumPy makes one of."""
+    """A name in `DTYPES`: of itself, of a NumPy dtype, or of what NumPy makes one of."""
     name = dtype
-    if dtype is not None and not (isinstance(dtype, str) and dtype in checks.DTYPES):  # None is float64 to NumPy
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):  # None is float64 to NumPy
         with suppress(TypeError):
             name = np.dtype(dtype).name
-    if name not in checks.DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(map(repr, checks.DTYPES))}")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(map(repr, DTYPES))}")
     return str(name)
 
 
@@ -285,23 +294,21 @@ def _families(ndims: Iterable[int], axes: Iterable[int]) -> tuple[str, ...]:
 
 
 def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, ...], bool]]:
-    """(operation, its optional arguments, frozen) of every call with any of the features; as cpu.py makes them."""
+    """(what runs, its optional arguments, frozen) of every call with any of the features; as CpuPlan makes them."""
     found = set()
     for chosen in chain.from_iterable(combinations(features, n) for n in range(len(features) + 1)):
-        relu = "relu" in chosen
-        mask, residual = (True if name in chosen else None for name in ("relu", "residual"))
-        wide = cpu.wide_lanes(dtype, residual)
-        for weights in memory.WEIGHT_KINDS if "weights" in chosen else (None,):
-            brief = cpu.brief_sums(dtype, weights, False)
-            found |= {
-                ("forward", cpu.present_arguments(residual, weights, mask, relu, wide=wide), False),
-                ("moments", cpu.present_arguments(None, weights, None, False), False),
-                ("inference", cpu.present_arguments(residual, None, None, relu, wide=wide), False),
-                ("backward", cpu.present_arguments(None, weights, mask, False, residual, brief=brief), False),
-                ("reduce", cpu.present_arguments(None, weights, mask, False), False),
-                ("apply", cpu.present_arguments(None, weights, mask, False, residual), False),
+        relu, residual = "relu" in chosen, "residual" in chosen
+        for weights in WEIGHT_KINDS if "weights" in chosen else (None,):
+            calls: list[tuple[str, dict[str, Any]]] = [
+                ("forward", {"residual": residual, "weights": weights, "mask": relu, "relu": relu}),
+                ("moments", {"weights": weights}),
+                ("inference", {"residual": residual, "relu": relu}),
+                ("backward", {"weights": weights, "mask": relu, "dresidual": residual}),
+                ("reduce", {"weights": weights, "mask": relu}),
+                ("apply", {"weights": weights, "mask": relu, "dresidual": residual}),
                 # With given statistics: the forward keeps a mask, which batch_norm_inference does not, and weights have no say.
-                ("inference", cpu.present_arguments(residual, None, mask, relu, wide=wide), False),
-                ("backward", cpu.present_arguments(None, None, mask, False, residual, True), True),
-            }
+                ("inference", {"residual": residual, "mask": relu, "relu": relu}),
+                ("backward", {"mask": relu, "dresidual": residual, "frozen": True}),
+            ]
+            found |= {(run, present_arguments(run, dtype, **given), "frozen" in given) for run, given in calls}
     return found

@@ -49,7 +49,7 @@ def float32_anchor(mean, var, scale, beta):
     return math.nan
 
 
-def brief_products_hold(a, largest, std, count):
+def float32_products_hold(a, largest, std, count):
     """Whether dx and the sums of a channel may be computed in float32, where `largest` is the largest abs(dy), and dx = a * dy + ...
 
     Deviations from the mean are between std, the largest at least, and sqrt(count) * std. Products of them with dy, and dx itself, must

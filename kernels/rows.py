@@ -9,10 +9,9 @@ Neither Numba nor CuPy is imported here, so that the host's side can name the ro
 # is the last, as the CPU alone keeps it: MEAN in float32 lanes, or NaN where a channel does not fit those.
 GAMMA, VAR, INVSTD, MEAN, LOW, SCALE, BETA, ANCHOR = range(8)
 TABLE_ROWS = 8
-# The backward's: the two sums over a channel, and dx = COEF_A * dy + COEF_B * (x - mean) + COEF_C. DGAMMA, SUM_DY_XMU * INVSTD, is kept
-# by the CPU alone; the GPU writes dgamma itself.
-SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C, DGAMMA = range(6)
-BACKWARD_ROWS = 6
+# The backward's: the two sums over a channel, and dx = COEF_A * dy + COEF_B * (x - mean) + COEF_C.
+SUM_DY, SUM_DY_XMU, COEF_A, COEF_B, COEF_C = range(5)
+BACKWARD_ROWS = 5
 
 # Places of the board that threads share (kernels/cpu/team.py): the next piece to take, pieces computed, what kernels returned.
 NEXT, DONE, FOUND = range(3)

@@ -194,6 +194,11 @@ def same_bits(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+def same_results(found, expected):
+    """The same number of arrays, each of the same bits."""
+    return len(found) == len(expected) and all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def ulp(exact, bits, smallest_exponent):
     """The unit in the last place, at |exact|, of a float with `bits` bits of significand and gradual underflow."""
     exponent = np.frexp(np.where(exact == 0, 1, exact))[1] - 1

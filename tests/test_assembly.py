@@ -8,8 +8,7 @@ import subprocesses
 
 ASSEMBLY = """
 import json, re
-from fastbn.cpu import dispatch
-from fastbn.kernels.cpu import variants
+from fastbn.kernels.cpu import planes, variants
 
 PATTERNS = {
     "relu": "vcmpnle[ps]",
@@ -20,12 +19,12 @@ PATTERNS = {
 }
 
 def counts(*present):
-    kernel, _ = dispatch._kernel("normalise_planes", "float32", present)
-    (dispatcher,) = (d for d, compiled in variants._compiled.values() if compiled is kernel)
+    code = variants.compiled("normalise", (planes.normalise_planes,), "float32", present)
+    (dispatcher,) = (d for d, compiled in variants._compiled.values() if compiled is code)
     text = "".join(dispatcher.inspect_asm().values())
     return {name: len(re.findall(r"\\b" + pattern, text)) for name, pattern in PATTERNS.items()}
 
-print(json.dumps([counts(), counts("relu"), counts("mask", "relu"), counts("wide"), counts("residual", "wide")]))
+print(json.dumps([counts(), counts("relu"), counts("mask", "relu"), counts("lanes64"), counts("residual", "lanes64")]))
 """
 
 
@@ -38,8 +37,7 @@ STREAMS = """
 import json
 import numpy as np
 from numba import njit, types
-from fastbn.cpu import dispatch
-from fastbn.kernels.cpu import simd, variants
+from fastbn.kernels.cpu import columns_backward, planes, simd, variants
 from fastbn.kernels.cpu.simd import LANES, Pointer
 
 def copy(x, y, streamed):
@@ -50,9 +48,9 @@ def copy(x, y, streamed):
             simd.store(y, j, simd.load(x, j))
     simd.fence()
 
-def streams(name, dtype, *present):
-    kernel, _ = dispatch._kernel(name, dtype, present)
-    (dispatcher,) = (d for d, compiled in variants._compiled.values() if compiled is kernel)
+def streams(kernel, dtype, *present):
+    code = variants.compiled(kernel.__name__, (kernel,), dtype, present)
+    (dispatcher,) = (d for d, compiled in variants._compiled.values() if compiled is code)
     return "movnt" in "".join(dispatcher.inspect_asm().values())
 
 rng = np.random.default_rng(0)
@@ -69,8 +67,8 @@ for name, element in elements.items():
         run(x, y, streamed)
         outputs.append(y)
     same = bool((outputs[0] == outputs[1]).all() and outputs[0].any())
-    wide = ("wide",) if name == "float64" else ()
-    found[name] = [same, streams("normalise_planes", name, *wide), streams("apply_columns", name)]
+    wide = ("lanes64",) if name == "float64" else ()
+    found[name] = [same, streams(planes.normalise_planes, name, *wide), streams(columns_backward.apply_columns, name)]
 print(json.dumps(found))
 """
 

@@ -101,12 +101,12 @@ def test_without_a_gpu_it_says_what_it_needs_and_fails(tmp_path):
 def test_a_simulator_or_no_device_is_no_gpu(monkeypatch):
     from types import SimpleNamespace
 
-    from fastbn.kernels.cuda import host
+    from fastbn.cuda import loading
 
     for arrays, words in (
         (np, "simulator is on"),
         (SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: 0))), "CuPy sees no GPU"),
     ):
-        monkeypatch.setattr(host, "kernels", lambda arrays=arrays: SimpleNamespace(arrays=arrays))
+        monkeypatch.setattr(loading, "kernels", lambda arrays=arrays: SimpleNamespace(arrays=arrays))
         with pytest.raises(program.NoGpu, match=words):
             program.require()

@@ -7,7 +7,8 @@ import pytest
 import subprocesses
 
 import fastbn
-from fastbn.cpu import dispatch, memory
+from fastbn.arguments import plans
+from fastbn.cpu import dispatch
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def constants(monkeypatch):
     """Set constants of the schedule; what was planned with others is forgotten, before and after."""
 
     def forget():
-        memory._frame.cache_clear()
+        plans._plans.clear()
         dispatch.schedule.cache_clear()
 
     def set_constants(**values):

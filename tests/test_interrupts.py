@@ -11,8 +11,7 @@ import subprocesses
 import teams
 
 import fastbn
-from fastbn import functional
-from fastbn.cpu import uninterrupted
+from fastbn.cpu import backend, uninterrupted
 
 ALARM = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no interval timers")
 # Kernels that take 2 ms a piece and note what they do; real signals, SIGALRM with the handler of SIGINT. Numba is not needed.
@@ -266,16 +265,16 @@ def training_arguments():
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("dtypes", ["float32", "float64, float32", "big-endian"])
-@pytest.mark.parametrize("place", ["Context", "update, first", "update, last", "normalise"])
+@pytest.mark.parametrize("place", ["Context", "before the kernels", "after the kernels"])
 def test_running_statistics_are_all_or_nothing(place, dtypes, error, monkeypatch):
-    """An exception anywhere, even after the kernel has moved them."""
+    """An exception anywhere, even after the kernels have moved them."""
     x, gamma, beta, mean, var = training_arguments()
     if dtypes == "float64, float32":
         mean = mean.astype(np.float64)
     if dtypes == "big-endian":
         mean, var = mean.astype(">f4"), var.astype(">f4")
     before = mean.tobytes(), var.tobytes()
-    original = functional.cpu.update_running
+    original = backend.run
 
     def fail(*args, **kwargs):
         raise error("in the middle")
@@ -285,11 +284,9 @@ def test_running_statistics_are_all_or_nothing(place, dtypes, error, monkeypatch
         raise error("in the middle")
 
     if place == "Context":
-        monkeypatch.setattr(functional, "Context", fail)
-    elif place == "normalise":
-        monkeypatch.setattr(functional.cpu, "normalise", fail)
+        monkeypatch.setattr(backend, "Context", fail)
     else:
-        monkeypatch.setattr(functional.cpu, "update_running", fail if place == "update, first" else fail_after)
+        monkeypatch.setattr(backend, "run", fail if place == "before the kernels" else fail_after)
     with pytest.raises(error, match="in the middle"):
         fastbn.batch_norm_forward(x, gamma, beta, mean, var)
     assert (mean.tobytes(), var.tobytes()) == before

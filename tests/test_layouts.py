@@ -51,13 +51,13 @@ def test_order_of_memory(shape, layout):
 )
 def test_families(N, C, shortest):
     for S, family in ((shortest - 1, "columns"), (shortest, "planes")):
-        assert layout.plan((N, C, S), (4 * C * S, 4 * S, 4), 1, 4).family == family
+        assert layout.layout_of((N, C, S), (4 * C * S, 4 * S, 4), 1, 4).family == family
 
 
 def test_families_of_inference():
     for shape, family in (((32, 1024, 196), "planes"), ((32, 1024, 127), "columns"), ((9, 5, 127), "columns"), ((7, 5, 32), "planes")):
         _, C, S = shape
-        assert layout.plan(shape, (4 * C * S, 4 * S, 4), 1, 4, inference=True).family == family
+        assert layout.layout_of(shape, (4 * C * S, 4 * S, 4), 1, 4, inference=True).family == family
 
 
 def test_channels_last_stays_channels_last():

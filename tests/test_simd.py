@@ -85,9 +85,9 @@ def test_masked_load_and_store_touch_n_values(name, n):
     dtype, element = DTYPES[name]
 
     def copy(x, y, z, i, n):
-        v = simd.load_some(x, i, n)
+        v = simd.load_masked(x, i, n)
         simd.store(z, 0, v)
-        simd.store_some(y, i, v, n)
+        simd.store_masked(y, i, v, n)
 
     if name not in _copies:
         _copies[name] = compiled(copy, Pointer(element), Pointer(element), Pointer(types.float64), I64, I64)
@@ -106,9 +106,9 @@ def test_arithmetic_is_lane_by_lane():
         simd.store(out, 0, u + v)
         simd.store(out, 16, u - v)
         simd.store(out, 32, u * v)
-        simd.store(out, 48, simd.keep(u, 5))
+        simd.store(out, 48, simd.first_lanes(u, 5))
         bits = simd.bits_above_zero(u)
-        simd.store(out, 64, simd.only(v, bits))
+        simd.store(out, 64, simd.where_bits(v, bits))
         return simd.sum_lanes(u), bits
 
     double = Pointer(types.float64)
@@ -126,67 +126,70 @@ def test_arithmetic_is_lane_by_lane():
     assert np.isnan(total)
 
 
-WIDE = pytest.mark.parametrize("wide", [None, True], ids=["float32 lanes", "float64 lanes"])
+LANES64 = pytest.mark.parametrize("lanes64", [None, True], ids=["float32 lanes", "float64 lanes"])
 
 
-def wide_type(wide):
-    return types.none if wide is None else types.boolean
+def lanes64_type(lanes64):
+    return types.none if lanes64 is None else types.boolean
 
 
-@pytest.mark.parametrize(("name", "wide"), [(name, wide) for name in DTYPES for wide in (None, True) if (name, wide) != ("float64", None)])
-def test_lanes_of_either_kind(name, wide):
+KINDS = [(name, lanes64) for name in DTYPES for lanes64 in (None, True) if (name, lanes64) != ("float64", None)]
+
+
+@pytest.mark.parametrize(("name", "lanes64"), KINDS)
+def test_lanes_of_either_kind(name, lanes64):
     """What is read into float32 lanes or float64 lanes, computed there and stored, in memory of every dtype."""
     dtype, element = DTYPES[name]
 
-    def twice_plus(x, y, z, wide, n):
-        v = simd.read(x, 0, wide)
+    def twice_plus(x, y, z, lanes64, n):
+        v = simd.read(x, 0, lanes64)
         simd.store(y, 0, v + v * v)
-        some = simd.keep(simd.read_some(x, 0, n, wide), n - 1)
-        simd.store(z, 0, simd.only(some, simd.bits_above_zero(some)))
+        some = simd.first_lanes(simd.read_masked(x, 0, n, lanes64), n - 1)
+        simd.store(z, 0, simd.where_bits(some, simd.bits_above_zero(some)))
 
-    run = compiled(twice_plus, Pointer(element), Pointer(types.float64), Pointer(element), wide_type(wide), I64)
+    run = compiled(twice_plus, Pointer(element), Pointer(types.float64), Pointer(element), lanes64_type(lanes64), I64)
     rng = np.random.default_rng(4)
     x = rng.standard_normal(LANES).astype(dtype)
     y, z = np.empty(LANES), np.empty(LANES, dtype)
-    run(x, y, z, wide, 9)
-    lane = np.float32 if wide is None else np.float64
+    run(x, y, z, lanes64, 9)
+    lane = np.float32 if lanes64 is None else np.float64
     v = x.astype(lane)
     np.testing.assert_allclose(y, (v + v * v).astype(np.float64), rtol=4 * np.finfo(lane).eps)
-    if wide is None or name == "float32":  # squares of the halves are float32 numbers anyway
-        assert (y == y.astype(np.float32)).all() == (wide is None)
+    if lanes64 is None or name == "float32":  # squares of the halves are float32 numbers anyway
+        assert (y == y.astype(np.float32)).all() == (lanes64 is None)
     expected = np.where((np.arange(LANES) < 8) & (v > 0), v, 0).astype(dtype)
     np.testing.assert_array_equal(z.astype(np.float64), expected.astype(np.float64))
 
 
-@WIDE
-def test_constants_in_either_kind_of_lanes(wide):
+@LANES64
+def test_constants_in_either_kind_of_lanes(lanes64):
     """Lanes rounded to float32, workspace read as float32, and a bias that makes up for the mean's rounding; or all as it was."""
 
-    def constants(a, beta, mean, anchor, scale, out, wide):
-        memory = simd.lanes_memory(a, wide)
-        simd.store(memory, 0, simd.rounded(simd.load(a, 0), wide))
-        simd.store(out, 0, simd.read(memory, 0, wide))
-        simd.store(out, 16, simd.bias(simd.load(beta, 0), simd.load(mean, 0), simd.load(anchor, 0), simd.load(scale, 0), wide))
+    def constants(a, beta, mean, anchor, scale, out, lanes64):
+        memory = simd.lanes_memory(a, lanes64)
+        simd.store(memory, 0, simd.rounded(simd.load(a, 0), lanes64))
+        simd.store(out, 0, simd.read(memory, 0, lanes64))
+        simd.store(out, 16, simd.bias(simd.load(beta, 0), simd.load(mean, 0), simd.load(anchor, 0), simd.load(scale, 0), lanes64))
 
     double = Pointer(types.float64)
     rng = np.random.default_rng(5)
     a, beta, mean, anchor, scale = rng.standard_normal((5, LANES))
     out, before = np.empty((2, LANES)), a.copy()
-    compiled(constants, *[double] * 6, wide_type(wide))(a, beta, mean, anchor, scale, out, wide)
+    compiled(constants, *[double] * 6, lanes64_type(lanes64))(a, beta, mean, anchor, scale, out, lanes64)
     m = anchor.astype(np.float32)
-    np.testing.assert_array_equal(out[0], before.astype(np.float32) if wide is None else before)
-    np.testing.assert_allclose(out[1], beta - (mean - m) * scale if wide is None else beta, rtol=1e-15)
+    np.testing.assert_array_equal(out[0], before.astype(np.float32) if lanes64 is None else before)
+    np.testing.assert_allclose(out[1], beta - (mean - m) * scale if lanes64 is None else beta, rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_centring_and_its_other_half(name):
-    """slope * apart(v) + joined(c) is slope * (v - mean - low) + c, for every dtype of v."""
+    """slope * deviation_if_float64(v) + constant_term(c) is slope * (v - mean - low) + c, for every dtype of v."""
     dtype, element = DTYPES[name]
 
     def line(x, mean, low, slope, c, out):
-        v = simd.apart(x, simd.load(x, 0), simd.load(mean, 0), simd.load(low, 0))
+        v = simd.deviation_if_float64(x, simd.load(x, 0), simd.load(mean, 0), simd.load(low, 0))
         m, s = simd.load(mean, 0), simd.load(slope, 0)
-        simd.store(out, 0, s * v + simd.joined(x, simd.load(c, 0), s, m, None))
+        simd.store(out, 0, s * v + simd.constant_term(x, simd.load(c, 0), s, m, None))
 
     double = Pointer(types.float64)
     rng = np.random.default_rng(6)
@@ -202,14 +205,14 @@ def test_centring_and_its_other_half(name):
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_centring_in_float32_lanes(name):
-    """There `apart` subtracts the mean in float32, and `joined` puts right what that leaves out."""
+    """There `deviation_if_float64` subtracts the mean in float32, and `constant_term` puts right what that leaves out."""
     dtype, element = DTYPES[name]
 
     def line(x, mean, slope, c, out, dark):
         m = simd.rounded(simd.load(mean, 0), None)
-        v = simd.apart(x, simd.load_like(x, 0, m), m, m)
+        v = simd.deviation_if_float64(x, simd.load_like(x, 0, m), m, m)
         simd.store(out, 0, v)
-        simd.store(dark, 0, simd.joined(x, simd.load(c, 0), simd.load(slope, 0), simd.load(mean, 0), True))
+        simd.store(dark, 0, simd.constant_term(x, simd.load(c, 0), simd.load(slope, 0), simd.load(mean, 0), True))
 
     double = Pointer(types.float64)
     rng = np.random.default_rng(6)
@@ -223,50 +226,50 @@ def test_centring_in_float32_lanes(name):
     np.testing.assert_allclose(slope * out + constant, slope * (x.astype(np.float64) - mean) + c, rtol=0, atol=1e-12)
 
 
-@WIDE
+@LANES64
 @pytest.mark.parametrize("name", DTYPES)
-def test_loads_in_the_lanes_of_another_vector(name, wide):
+def test_loads_in_the_lanes_of_another_vector(name, lanes64):
     dtype, element = DTYPES[name]
-    if (name, wide) == ("float64", None):
+    if (name, lanes64) == ("float64", None):
         pytest.skip("float64 is never read into float32 lanes")
 
-    def use(a, zeros, out, n, wide):
-        like = simd.rounded(simd.load(zeros, 0), wide)
+    def use(a, zeros, out, n, lanes64):
+        like = simd.rounded(simd.load(zeros, 0), lanes64)
         simd.store(out, 0, simd.load_like(a, 1, like))
-        simd.store(out, 16, simd.load_some_like(a, 0, n, like))
+        simd.store(out, 16, simd.load_masked_like(a, 0, n, like))
 
     double = Pointer(types.float64)
     a = np.random.default_rng(1).standard_normal(LANES + 1).astype(dtype)
     out = np.empty((2, LANES))
-    compiled(use, Pointer(element), double, double, I64, wide_type(wide))(a, np.zeros(LANES), out, 3, wide)
+    compiled(use, Pointer(element), double, double, I64, lanes64_type(lanes64))(a, np.zeros(LANES), out, 3, lanes64)
     np.testing.assert_array_equal(out[0], a[1:].astype(np.float64))
     np.testing.assert_array_equal(out[1], np.where(np.arange(LANES) < 3, a[:-1].astype(np.float64), 0))
 
 
-@pytest.mark.parametrize("brief", [None, True], ids=["float64 sums", "brief sums"])
-def test_parts_of_sums(brief):
+@pytest.mark.parametrize("lanes32", [None, True], ids=["float64 sums", "float32 sums"])
+def test_parts_of_sums(lanes32):
     """In float32 lanes a part starts from 0, ends every 128 values and is added; in float64 lanes it is the sum itself."""
 
-    def use(total, values, out, scalars, brief):
-        lanes = simd.wide_unless(brief)
+    def use(total, values, out, scalars, lanes32):
+        lanes = simd.lanes64_unless(lanes32)
         v = simd.rounded(simd.load(values, 0), lanes)
-        part = simd.part_of(simd.load(total, 0), v)
+        part = simd.float32_sum(simd.load(total, 0), v)
         part += v
         simd.store(out, 0, part)
-        simd.store(out, 16, simd.with_part(simd.load(total, 0), part))
+        simd.store(out, 16, simd.float64_sum(simd.load(total, 0), part))
         most = simd.largest(simd.rounded(simd.splat(2.0), lanes), v)
         simd.store(out, 32, most)
         simd.put(scalars, 0, simd.largest_lane(most))
-        simd.put(scalars, 1, simd.part_end(0, v) + 0.0)
-        simd.put(scalars, 2, simd.part_end(127, v) + 0.0)
-        simd.put(scalars, 3, simd.part_end(128, v) + 0.0)
+        simd.put(scalars, 1, simd.sum_end(0, v) + 0.0)
+        simd.put(scalars, 2, simd.sum_end(127, v) + 0.0)
+        simd.put(scalars, 3, simd.sum_end(128, v) + 0.0)
 
     double = Pointer(types.float64)
     total, values = np.random.default_rng(2).standard_normal((2, LANES))
     values[3], values[5] = np.nan, -100
     out, scalars = np.empty((3, LANES)), np.empty(4)
-    compiled(use, double, double, double, double, wide_type(brief))(total, values, out, scalars, brief)
-    if brief:
+    compiled(use, double, double, double, double, lanes64_type(lanes32))(total, values, out, scalars, lanes32)
+    if lanes32:
         values = values.astype(np.float32)
         np.testing.assert_array_equal(out[0], values)
         np.testing.assert_array_equal(out[1], total + values)
@@ -285,7 +288,7 @@ def test_weights_of_whole_rows():
     def use(pair, triple, out, r):
         w = simd.plane(pair, r, 5)
         simd.store(out, 0, simd.load(w, 99))
-        simd.store(out, 16, simd.load_some(simd.row(pair, r, 7), 99, 3))
+        simd.store(out, 16, simd.load_masked(simd.row(pair, r, 7), 99, 3))
         return simd.by_row(pair), simd.by_row(triple), simd.by_row(None), simd.get(w, 99)
 
     double = Pointer(types.float64)
@@ -338,7 +341,7 @@ def test_streamed_vectors_arrive(name):
 
 def test_absent_pointers_give_none():
     def nothing(p):
-        return simd.load(p, 0) is None and simd.moved(p, 3) is None and simd.load_some(p, 0, 5) is None
+        return simd.load(p, 0) is None and simd.moved(p, 3) is None and simd.load_masked(p, 0, 5) is None
 
     assert compiled(nothing, types.none)(None)
 

@@ -24,17 +24,65 @@ def count(thread, first, last, partial):
 
 @pytest.fixture(scope="module")
 def work():
-    return variants.compiled(count, "float64")
+    return variants.compiled("count", (count,), "float64")
 
 
-def call(work, board, cuts, turns, thread, partial):
-    return work(np.zeros(1, np.int64), board, cuts, turns, thread, (partial,))
+def call(work, board, cuts, turns, thread, partial, phase=0):
+    return work(np.zeros(1, np.int64), board, cuts, len(cuts) - 1, turns, thread, phase, (len(partial),), (partial,))
+
+
+def nothing(thread, first, last, partial):
+    """A kernel that finds nothing."""
+    for task in range(first, last):
+        partial[task, 0, 2] += 1.0
+    return 0
+
+
+def alone(code, tasks, partial):
+    """(phase, found) of a call of all phases; bell, board and cuts are not read."""
+    absent = np.empty(0, np.int64)
+    found = code(absent, absent, absent, 0, len(tasks), 0, team.ALL, tasks, (partial,))
+    return found % team.PHASES, found // team.PHASES
 
 
 def test_alone(work):
     partial = np.zeros((10, 1, 4))
-    assert call(work, np.empty(0, np.int64), np.array([0, 4, 10]), 2, 0, partial) == 10
+    assert alone(work, (10,), partial) == (0, 10)
     assert (partial[:, 0, 0] == 1).all()
+
+
+def test_a_program_runs_its_kernels_in_order_until_one_finds_something():
+    code = variants.compiled("three", (nothing, count, nothing), "float64")
+    partial = np.zeros((10, 1, 4))
+    assert alone(code, (4, 10, 10), partial) == (1, 10)
+    assert partial[:, 0, 2].tolist() == [1.0] * 4 + [0.0] * 6
+    assert (partial[:, 0, 0] == 1).all()
+    assert alone(code, (4, 0, 10), partial) == (0, 0)
+    assert partial[:, 0, 2].tolist() == [3.0] * 4 + [1.0] * 6
+
+
+def test_one_phase_alone():
+    code = variants.compiled("three", (nothing, count, nothing), "float64")
+    partial, absent = np.zeros((10, 1, 4)), np.empty(0, np.int64)
+    found = code(absent, absent, absent, 0, 1, 0, team.ALL - 1 - 1, (10, 7, 10), (partial,))
+    assert (found % team.PHASES, found // team.PHASES) == (1, 7)
+    assert partial[:, 0, 0].tolist() == [1.0] * 7 + [0.0] * 3
+    assert (partial[:, 0, 2] == 0).all()
+
+
+def test_threads_share_one_phase():
+    code = variants.compiled("three", (nothing, count, nothing), "float64")
+    partial, board = np.zeros((10, 1, 4)), np.zeros(3, np.int64)
+    tasks = (10, 10, 10)
+    assert code(np.zeros(1, np.int64), board, np.array([0, 10]), 1, 2, 0, 1, tasks, (partial,)) == 10
+    assert (partial[:, 0, 0] == 1).all()
+    assert (partial[:, 0, 2] == 0).all()
+
+
+def test_numbers_that_stand_twice():
+    """dispatch.py reads results without importing Numba."""
+    assert (dispatch._ALL, dispatch._PHASES) == (team.ALL, team.PHASES)
+    assert all(len(names) <= team.PHASES for names in dispatch.TABLE.values())
 
 
 def test_turns(work):
@@ -75,7 +123,7 @@ def test_waiting_ends(work):
 
 def test_names_of_machine_code_differ():
     """Two kernels of the same signature, loaded into one process, must not be taken for each other."""
-    a, b = team.team(count), team.team(call)
+    a, b = team.program("a", (count,)), team.program("b", (nothing,))
     assert a.__qualname__ != b.__qualname__
 
 

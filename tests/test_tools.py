@@ -13,6 +13,7 @@ import pytest
 
 import fastbn
 from fastbn import config
+from fastbn.arguments import plans
 from fastbn.cpu import dispatch
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
@@ -78,10 +79,12 @@ def spied(monkeypatch):
     ran = []
     program = dispatch.program
 
-    def spy(operation, family, road, *arguments):
-        ran.extend(dispatch.TABLE[operation, family, road])
-        return program(operation, family, road, *arguments)
+    def spy(run, family, traversal, *arguments):
+        # Without running statistics update_running does nothing.
+        ran.extend(name for name in dispatch.TABLE[run, family, traversal] if name != "update_running")
+        return program(run, family, traversal, *arguments)
 
+    plans._plans.clear()  # a plan asks for its program once
     monkeypatch.setattr(dispatch, "program", spy)
     return ran
 
@@ -256,7 +259,7 @@ for dtype in settings.get("dtypes", ["float32"]):
                     y, ctx = fastbn.batch_norm_forward_apply(x, m, *ones, **options, **weight)
                     sums = fastbn.batch_norm_backward_reduce(y, ctx)
                     fastbn.batch_norm_backward_apply(y, ctx, *sums)
-late = [(f.__name__, d, p) for f, d, p in variants._compiled if (f, d, p) not in warm]
+late = [(n, d, p) for n, f, d, p in variants._compiled if (n, f, d, p) not in warm]
 print(json.dumps({{"made": made, "late": late}}))
 """
 
@@ -316,7 +319,6 @@ def test_warmup_errors(arguments, error, message):
 def test_one_of_each_is_taken_for_a_list_of_one(dtypes, monkeypatch):
     wanted = set()
     monkeypatch.setattr(dispatch, "program", lambda *call: wanted.add(call))
-    monkeypatch.setattr(dispatch, "step", lambda *call: wanted.add(call))
     fastbn.warmup(["float32"], [2], [1], features=["relu"])
     expected = set(wanted)
     wanted.clear()
@@ -329,6 +331,6 @@ def test_numbers_that_stand_twice():
     from fastbn.cpu import layout
     from fastbn.kernels.cpu import columns, columns_backward, simd
 
-    schedule = dispatch.schedule(layout.plan((8, 4, 4, 32), (2048, 512, 128, 4), 3, 4, False), 4, 1)
+    schedule = dispatch.schedule(layout.layout_of((8, 4, 4, 32), (2048, 512, 128, 4), 3, 4, False), 4, 1)
     assert schedule.scratch[0] == max(columns.TEMPORARY_ROW, columns_backward.TEMPORARY_ROW) + 1
     assert layout.LANES == simd.LANES

@@ -9,6 +9,7 @@ import reference
 
 import fastbn
 from fastbn.cpu import memory
+from fastbn.cpu import weights as sample_weights
 
 DTYPES = pytest.mark.parametrize("dtype", inputs.FLOATS, ids=["float32", "float64"])
 SHAPES = inputs.SMALL_SHAPES | {
@@ -196,13 +197,13 @@ def test_many_equal_weights(shape, by_sample, axis):
     checks.check_forward(x, axis=axis, sample_weight=np.full(positions[:1] if by_sample else positions, 0.1))
 
 
-@pytest.mark.parametrize("size", [1, 10, memory.COUNTED, memory.COUNTED + 1, 3 * memory.COUNTED + 5])
+@pytest.mark.parametrize("size", [1, 10, sample_weights.COUNTED, sample_weights.COUNTED + 1, 3 * sample_weights.COUNTED + 5])
 def test_places_of_positive_weights(size):
     """Three of them, at fixed shares of their list, which is not made where it is long."""
     w = np.random.default_rng(size).integers(0, 3, size).astype(np.float32)
     w[0] = 1
     positive = np.flatnonzero(w)
-    assert memory._positive(w) == (len(positive), positive[(memory.PLACES * len(positive)).astype(int)].tolist())
+    assert sample_weights._positive(w) == (len(positive), positive[(memory.PLACES * len(positive)).astype(int)].tolist())
 
 
 def test_running_statistics_of_real_weights():

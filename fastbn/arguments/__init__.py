@@ -1,1 +1,1 @@
-"""From what a user passes to a plan: one look at each array, every check, and the plan that calls which are alike share."""
+"""From what a user passes to a plan: one look at each array, every check, and one plan for all calls that are alike."""

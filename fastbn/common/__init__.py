@@ -1,1 +1,1 @@
-"""What both devices share: facts of arrays, the order of their axes in memory, and the context that a forward leaves."""
+"""What both devices share: facts of arrays, the order of their axes, the common part of a plan, a forward's context."""

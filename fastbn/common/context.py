@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastbn.common.plan import Plan
 from fastbn.kernels.rows import INVSTD, MEAN, VAR
 
-Array = NDArray[Any]
+Array = Any  # NumPy's or CuPy's
 
 
-@dataclass(eq=False)
 class Context:
     """A forward's statistics, and all that its backward needs. Made by `batch_norm_forward`.
 
@@ -22,9 +20,9 @@ class Context:
     Attributes
     ----------
     mean, var, invstd : array, (C,), float64
-        What x was normalised with: mean, biased variance, 1 / sqrt(var + eps). Read-only.
+        What x was normalised with: mean, biased variance, 1 / sqrt(var + eps). On x's device; NumPy's are read-only.
     count : float
-        Values a channel, or the sum of the sample weights.
+        Values a channel, or the sum of the sample weights: on a GPU then an array of no dimensions.
     x : array
         The input itself. Change it before the backward and the gradients are wrong.
     axis : int
@@ -35,16 +33,28 @@ class Context:
         What the forward added and applied.
     """
 
-    x: Array
-    axis: int
-    training: bool
-    count: float
-    has_residual: bool
-    relu: bool
-    gamma_dtype: np.dtype[Any] | None
-    beta_dtype: np.dtype[Any] | None
-    table: Array  # rows as in kernels/cpu/channels.py
-    state: Any  # the backend's: cpu.State or its GPU counterpart; None if x is empty
+    __slots__ = ("count", "mask", "plan", "table", "weights", "x")
+
+    def __init__(self, x: Array, plan: Plan, count: Any, table: Array, mask: Any = None, weights: Any = None) -> None:
+        self.x, self.plan, self.count = x, plan, count
+        self.table = table  # rows as in kernels/rows.py
+        self.mask, self.weights = mask, weights  # the backend's: which values the ReLU passed, sample weights as kernels read them
+
+    @property
+    def axis(self) -> int:
+        return self.plan.axis
+
+    @property
+    def training(self) -> bool:
+        return self.plan.training
+
+    @property
+    def has_residual(self) -> bool:
+        return self.plan.has_residual
+
+    @property
+    def relu(self) -> bool:
+        return self.plan.relu
 
     @property
     def mean(self) -> Array:
@@ -65,5 +75,5 @@ class Context:
         return view
 
     def __repr__(self) -> str:
-        mode = "training" if self.training else "frozen"
-        return f"Context({mode}, x: {self.x.dtype} {self.x.shape}, axis={self.axis}, count={self.count:g})"
+        mode, shape = "training" if self.training else "frozen", tuple(self.x.shape)
+        return f"Context({mode}, x: {self.x.dtype} {shape}, axis={self.axis}, count={float(self.count):g})"

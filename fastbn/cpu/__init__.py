@@ -1,1 +1,1 @@
-"""The CPU backend: NumPy arrays, our own threads, kernels compiled by Numba."""
+"""The CPU backend: NumPy arrays, our own threads, kernels compiled by Numba. Twin: fastbn/cuda."""

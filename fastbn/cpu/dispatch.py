@@ -1,37 +1,34 @@
 """Which kernels run, in which order, over which tasks: a literal table, printed by ``python -m fastbn.cpu.dispatch``.
 
-The key is (operation, family, road). A road says how memory is crossed:
+The key is (what runs, family, traversal). A traversal says how memory is crossed:
 
 - ``channels``: planes, one group of channels after another; the second sweep reads the cache;
 - ``strips``: the same for columns with short planes, or with few rows;
 - ``sweeps``: the whole array once for the statistics, once for the output: channels last, a few huge channels, inference.
 
-A step names a kernel and what it is split into. Kernels take their arguments by name from one dictionary, the `Job`.
+A line of the table is compiled as one program, in variants (kernels/cpu/variants.py). Each kernel is split into tasks, or is not. A small
+call is one call of machine code, for all kernels of the line.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from math import gcd
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.cpu.layout import LANES, STREAM_FROM, Plan
+from fastbn.cpu.layout import LANES, STREAM_FROM, Layout
 from fastbn.cpu.threads import BELL, get_num_threads, importing, parallel
 from fastbn.cpu.uninterrupted import uninterrupted
 from fastbn.kernels.rows import FOUND
 
-Job = dict[str, Any]
-
-#                  kernel          split into
-STEPS: Mapping[str, tuple[str, str | None]] = {
+#                  kernel          file, split into
+KERNELS: Mapping[str, tuple[str, str]] = {
     "forward_planes": ("planes", "channels"),
     "stats_planes": ("planes", "blocks of channels"),
     "normalise_planes": ("planes", "segments"),
@@ -44,29 +41,31 @@ STEPS: Mapping[str, tuple[str, str | None]] = {
     "backward_columns": ("columns_backward", "strips"),
     "reduce_columns": ("columns_backward", "blocks of strips"),
     "apply_columns": ("columns_backward", "parts of strips"),
-    "finish_stats": ("channels", None),
-    "finish_given": ("channels", None),
-    "finish_backward": ("channels", None),
-    "update_running": ("channels", None),
+    "finish_stats": ("channels", ""),
+    "finish_given": ("channels", ""),
+    "finish_backward": ("channels", ""),
+    "update_running": ("channels", ""),
 }
 
 TABLE: Mapping[tuple[str, str, str], tuple[str, ...]] = {
-    ("forward", "planes", "channels"): ("forward_planes",),
-    ("forward", "planes", "sweeps"): ("stats_planes", "finish_stats", "normalise_planes"),
-    ("forward", "columns", "strips"): ("forward_columns",),
-    ("forward", "columns", "sweeps"): ("stats_columns", "finish_stats", "normalise_columns"),
+    ("forward", "planes", "channels"): ("forward_planes", "update_running"),
+    ("forward", "planes", "sweeps"): ("stats_planes", "finish_stats", "normalise_planes", "update_running"),
+    ("forward", "columns", "strips"): ("forward_columns", "update_running"),
+    ("forward", "columns", "sweeps"): ("stats_columns", "finish_stats", "normalise_columns", "update_running"),
     ("moments", "planes", "sweeps"): ("stats_planes", "finish_stats"),
     ("moments", "columns", "sweeps"): ("stats_columns", "finish_stats"),
     ("inference", "planes", "sweeps"): ("finish_given", "normalise_planes"),
     ("inference", "columns", "sweeps"): ("finish_given", "normalise_columns"),
+    ("leftovers", "planes", "sweeps"): ("normalise_planes",),
+    ("leftovers", "columns", "sweeps"): ("normalise_columns",),
     ("backward", "planes", "channels"): ("backward_planes",),
     ("backward", "planes", "sweeps"): ("reduce_planes", "finish_backward", "apply_planes"),
     ("backward", "columns", "strips"): ("backward_columns",),
     ("backward", "columns", "sweeps"): ("reduce_columns", "finish_backward", "apply_columns"),
     ("reduce", "planes", "sweeps"): ("reduce_planes", "finish_backward"),
     ("reduce", "columns", "sweeps"): ("reduce_columns", "finish_backward"),
-    ("apply", "planes", "sweeps"): ("apply_planes",),
-    ("apply", "columns", "sweeps"): ("apply_columns",),
+    ("apply", "planes", "sweeps"): ("finish_backward", "apply_planes"),
+    ("apply", "columns", "sweeps"): ("finish_backward", "apply_columns"),
 }
 
 # What a group of channels may fill of the L2 cache, all tensors together: 1 MiB a core, half of it for the group behind.
@@ -97,67 +96,71 @@ PARALLEL_FROM = 3 << 18
 PIECE = 32 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """How a plan is cut into tasks: by shape alone, so that the bits do not depend on the threads.
+    """How a layout is cut into tasks: by shape alone, so that the bits do not depend on the threads.
 
     Attributes
     ----------
-    road : str
-        ``"channels"``, ``"strips"`` or ``"sweeps"``: the second key of `TABLE` for training.
+    traversal : str
+        ``"channels"``, ``"strips"`` or ``"sweeps"``: the third key of `TABLE` for training.
     group : int
         Channels of a group or a strip.
     blocks : int
         Blocks of a channel, each summed before it is merged.
-    rows_a_block : int
+    block : int
         Rows (columns) or planes (planes) of a block.
     tasks : mapping of str to int
-        What `STEPS` splits into, and how many there are.
-    whole : mapping of str to array
-        The same as one piece: `cut` of it for one thread.
-    arguments : dict
-        The kernels' arguments that follow from all this.
+        What kernels are split into, and how many there are.
+    pieces : int
+        Kernel calls at least, so that Ctrl-C is noticed.
+    shape : tuple of int
+        The group of arguments of that name (kernels/cpu/arguments.py).
     partial, scratch : tuple of int
         Shapes of the float64 workspace: moments of blocks; one thread's.
     """
 
-    road: str
+    traversal: str
     group: int
     blocks: int
-    rows_a_block: int
+    block: int
     tasks: Mapping[str, int]
-    whole: Mapping[str, NDArray[np.int64]]
-    arguments: Job
+    pieces: int
+    shape: tuple[int, ...]
     partial: tuple[int, int, int]
     scratch: tuple[int, int]
+    by_program: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)  # the number of tasks of each kernel of a program
+
+    def tasks_of(self, splits: tuple[str, ...]) -> tuple[int, ...]:
+        """How many tasks kernels have that are split so."""
+        self.by_program[splits] = tasks = tuple(self.tasks[split] for split in splits)
+        return tasks
 
 
 @lru_cache(maxsize=4096)
-def schedule(p: Plan, itemsize: int, tensors: int, residual: bool = False, training: bool = True) -> Schedule:
-    """The schedule for a plan; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward.
+def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, training: bool = True) -> Schedule:
+    """The schedule for a layout; `tensors` is how many arrays a group must keep in the cache, 1 forward and 2 backward.
 
     Strips are narrower with a residual, and of other widths where all of an operation's kernels are sweeps, which it is without
     `training`. That changes no bits: blocks are the same.
     """
     widest = WIDEST_FLOAT64 if residual or tensors > 1 or itemsize == 8 else WIDEST
-    road, group, blocks, rows, tasks = _cut(p, itemsize, tensors, widest, training)
-    width = group * p.S * p.fold
-    rows_a_part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
-    shape = {"N": p.N, "C": p.C, "S": p.S, "R": p.rows, "rest": p.rest, "fold": p.fold}
-    arguments: Job = shape | {"segment": BLOCK, "group": group, "rows_a_block": rows, "planes_a_block": rows, "rows_a_part": rows_a_part}
-    arguments["weight"] = arguments["counts"] = arguments["brief"] = None
-    arguments["pieces"] = 1 + p.count * p.C * itemsize // PIECE  # kernel calls at least, so that Ctrl-C is noticed
+    traversal, group, blocks, rows, tasks = _cut(p, itemsize, tensors, widest, training)
+    width = group * p.S * p.folded
+    part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
+    shape = p.N, p.C, p.S, p.rows, p.tail_columns, p.folded, group, rows, part, BLOCK
+    pieces = 1 + p.count * p.C * itemsize // PIECE
     scratch = (group, 4 * LANES)
     if p.family == "columns":
         # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
         scratch = (6, -(-width // LANES) * LANES + LANES)
-        tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // rows_a_part))
-    whole = {split: cut(count, 1, 1, 1) for split, count in tasks.items()}
-    return Schedule(road, group, blocks, rows, tasks, whole, arguments, (p.C, blocks, 4), scratch)
+        tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // part))
+    tasks[""] = 1
+    return Schedule(traversal, group, blocks, rows, tasks, pieces, shape, (p.C, blocks, 4), scratch)
 
 
-def _cut(p: Plan, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
-    """Road, channels a group, blocks a channel, rows or planes a block, and the numbers of tasks."""
+def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
+    """Traversal, channels a group, blocks a channel, rows or planes a block, and the numbers of tasks."""
     channel = p.count * itemsize * tensors
     if p.family == "planes":
         segments = -(-p.S // BLOCK)
@@ -167,14 +170,14 @@ def _cut(p: Plan, itemsize: int, tensors: int, widest: int, training: bool) -> t
         group = max(1, min(CACHE // channel, 64, p.C))
         tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
         return "channels" if fused else "sweeps", group, blocks, planes, tasks
-    if p.S == 1 or p.fold > 1:
-        group = p.C if p.fold > 1 else min(p.C, 1024)
-        rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 17))), -(-512 // (p.fold * p.S)))
+    if p.S == 1 or p.folded > 1:
+        group = p.C if p.folded > 1 else min(p.C, 1024)
+        rows = max(-(-p.rows // min(32, max(1, p.N * p.C * p.S >> 17))), -(-512 // (p.folded * p.S)))
         blocks = max(1, -(-p.rows // rows))
         strip = min(STRIP // channel, p.C // 4, group) // LANES * LANES
         small = p.C * channel <= CACHE  # one call of one kernel is the shortest way
         medium = p.N * p.C >= PARALLEL_FROM and p.N * p.C * itemsize < STREAM_FROM
-        few_rows = medium and p.fold == 1 and strip >= NARROWEST
+        few_rows = medium and p.folded == 1 and strip >= NARROWEST
         if training and few_rows:
             group = strip
         strips = -(-p.C // group)
@@ -190,66 +193,28 @@ def _cut(p: Plan, itemsize: int, tensors: int, widest: int, training: bool) -> t
     return "sweeps" if few else "strips", group, blocks, rows, tasks
 
 
-@lru_cache(maxsize=1024)
-def _kernel(name: str, dtype: str, present: tuple[str, ...]) -> tuple[Callable[..., int], tuple[str, ...]]:
-    """Machine code of a kernel's variant, and the names of its arguments."""
+class Program:
+    """A line of `TABLE` in one variant, compiled: its machine code, and its kernels' names and what they are split into."""
 
-    def compile_() -> tuple[Callable[..., int], tuple[str, ...]]:
-        with importing:  # not inherited half done by a forked child
-            from fastbn.kernels.cpu.variants import compiled
+    __slots__ = ("code", "names", "splits")
 
-            function = getattr(import_module(f"fastbn.kernels.cpu.{STEPS[name][0]}"), name)
-        names = tuple(inspect.signature(function).parameters)
-        given = tuple(a for a in present if a.rpartition("_")[2] in names)  # row_weight and narrow_weight are a weight
-        return compiled(function, dtype, given), names  # type: ignore[no-untyped-call]
+    def __init__(self, name: str, names: tuple[str, ...], dtype: str, present: tuple[str, ...]) -> None:
+        self.names, self.splits = names, tuple(KERNELS[name][1] for name in names)
 
-    return uninterrupted(compile_)
+        def compile_() -> Any:
+            with importing:  # not inherited half done by a forked child
+                from fastbn.kernels.cpu.variants import compiled
 
+                kernels = tuple(getattr(import_module(f"fastbn.kernels.cpu.{KERNELS[name][0]}"), name) for name in names)
+            return compiled(name, kernels, dtype, present)  # type: ignore[no-untyped-call]
 
-@dataclass(frozen=True)
-class Step:
-    """A kernel ready to be called: what it is split into, and how its arguments are taken from a job."""
-
-    kernel: Callable[..., int]
-    split: str | None
-    arguments: Callable[[Job], tuple[Any, ...]]
+        self.code = uninterrupted(compile_)
 
 
 @lru_cache(maxsize=1024)
-def step(name: str, dtype: str, present: tuple[str, ...]) -> Step:
-    """The step of a kernel's variant; compiles it, or loads it from disk, the first time."""
-    split = STEPS[name][1]
-    kernel, names = _kernel(name, dtype, present)
-    return Step(kernel, split, itemgetter(*names[3:]) if split else itemgetter(*names))
-
-
-@lru_cache(maxsize=1024)
-def program(operation: str, family: str, road: str, dtype: str, present: tuple[str, ...]) -> tuple[Step, ...]:
-    """The steps of a line of `TABLE`. What happens once a channel is float64 for every dtype."""
-    return tuple(step(name, dtype if STEPS[name][1] else "float64", present) for name in TABLE[operation, family, road])
-
-
-def call(name: str, dtype: str, *arguments: Any) -> int:
-    """Run a kernel that is not split."""
-    return step(name, dtype, ()).kernel(*arguments)
-
-
-def run(operation: str, p: Plan, s: Schedule, road: str, dtype: str, present: tuple[str, ...], job: Job, threads: int) -> None:
-    """Run the steps of an operation over a job that holds every argument by name.
-
-    What does not fit float32 lanes (kernels/formulas.py says which) is done once more, in float64 lanes: channels that are normalised,
-    and a backward with brief sums, before anything of it is written.
-    """
-    unfit = 0
-    for this in program(operation, p.family, road, dtype, present):
-        unfit += _run(this, s, job, threads)
-        if unfit and job["brief"]:
-            job["brief"] = None
-            run(operation, p, s, road, dtype, tuple(name for name in present if name != "brief"), job, threads)
-            return
-    if unfit and job.get("wide", True) is None:
-        job["wide"] = False
-        _run(step(f"normalise_{p.family}", dtype, (*present, "wide")), s, job, threads)
+def program(run: str, family: str, traversal: str, dtype: str, present: tuple[str, ...]) -> Program:
+    """The program of a line of `TABLE`; compiles it, or loads it from disk, the first time."""
+    return Program(f"{run}_{family}_{traversal}", TABLE[run, family, traversal], dtype, present)
 
 
 @lru_cache(maxsize=4096)
@@ -269,24 +234,42 @@ def cut(tasks: int, unit: int, threads: int, least: int) -> NDArray[np.int64]:
     return np.minimum(np.array(cuts, np.int64) * unit, tasks)
 
 
-_ALONE = np.empty(0, np.int64)  # the board of a thread that shares with none
+_NOTHING = np.empty(0, np.int64)  # the board and the cuts of a thread that shares with none
+_ALL, _PHASES = -1, 8  # as in kernels/cpu/team.py, which imports Numba
 
 
-def _run(this: Step, s: Schedule, job: Job, threads: int) -> int:
-    """Run one step; the sum of what its kernel returns, which is how many channels do not fit, or nothing."""
-    split, arguments, pieces = this.split, this.arguments(job), job["pieces"]
-    if split is None:
-        return this.kernel(*arguments) or 0
-    if threads == 1 and pieces == 1:  # a small call: the shortest way
-        return this.kernel(BELL, _ALONE, s.whole[split], 1, 0, arguments)
-    cuts = cut(s.tasks[split], s.group if split == "channels" else 1, threads, pieces)
-    turns = len(cuts) if pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
+def run(this: Program, s: Schedule, arguments: tuple[Any, ...], threads: int, first: int = 0) -> tuple[int, int]:
+    """Run the kernels of a program from `first` on, until one finds something that the caller has to see to: (which, what it returned).
+
+    (0, 0) where none does. Kernels of a forward find channels that float32 lanes cannot do, or whose statistics are not finite; those of
+    a backward find channels that do not suit float32 sums.
+    """
+    splits = this.splits
+    tasks = s.by_program.get(splits) or s.tasks_of(splits)
+    if threads == 1 and s.pieces == 1 and first == 0:  # a small call: the shortest way
+        found = this.code(BELL, _NOTHING, _NOTHING, 0, len(tasks), 0, _ALL, tasks, arguments)
+        return divmod(found, _PHASES)[::-1] if found else (0, 0)
+    for phase in range(first, len(tasks)):
+        found = _run_phase(this, phase, s, arguments, tasks, threads)
+        if found:
+            return phase, found
+    return 0, 0
+
+
+def _run_phase(this: Program, phase: int, s: Schedule, arguments: tuple[Any, ...], tasks: tuple[int, ...], threads: int) -> int:
+    """Let threads run one kernel of a program; the sum of what it returned."""
+    split = this.splits[phase]
+    if not split:
+        return int(this.code(BELL, _NOTHING, _NOTHING, 0, 1, 0, _ALL - 1 - phase, tasks, arguments)) // _PHASES
+    cuts = cut(tasks[phase], s.group if split == "channels" else 1, threads, s.pieces)
+    pieces = len(cuts) - 1
+    turns = pieces + 1 if s.pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
     board = np.zeros(3, np.int64)
 
     def work(thread: int) -> None:
-        this.kernel(BELL, board, cuts, turns, thread, arguments)
+        this.code(BELL, board, cuts, pieces, turns, thread, phase, tasks, arguments)
 
-    parallel(work, board, len(cuts) - 1, threads)
+    parallel(work, board, pieces, threads)
     return int(board[FOUND])
 
 
@@ -297,10 +280,10 @@ def threads_for(elements: int) -> int:
 
 def describe() -> str:
     """The table as text."""
-    lines = [f"{'operation':<12}{'family':<10}{'road':<10}kernels (split into)"]
-    for (operation, family, road), names in TABLE.items():
-        steps = ", ".join(f"{n} ({STEPS[n][1]})" if STEPS[n][1] else n for n in names)
-        lines.append(f"{operation:<12}{family:<10}{road:<10}{steps}")
+    lines = [f"{'runs':<12}{'family':<10}{'traversal':<12}kernels (split into)"]
+    for (runs, family, traversal), names in TABLE.items():
+        kernels = ", ".join(f"{n} ({KERNELS[n][1]})" if KERNELS[n][1] else n for n in names)
+        lines.append(f"{runs:<12}{family:<10}{traversal:<12}{kernels}")
     return "\n".join(lines)
 
 

@@ -5,15 +5,15 @@ to N rows, the inner ones to S contiguous values:
 
 - **planes**: (N, C, S) with S long, the channels-first layouts; a run of S values belongs to one channel;
 - **columns**: a matrix whose column j belongs to channel (j // S) % C. S = 1 is channels last and NC; a short S is channels first
-  with short planes; rows narrower than a few vectors are folded, `fold` to one.
+  with short planes; rows narrower than a few vectors are folded, `folded` to one.
 
 NCHW, NCDHW, channels-last views, ``axis=-1``, Fortran order, batch and channel slices all arrive at one of the two without a copy.
 What does not (a spatial slice, a negative stride) is copied once into the same memory order, and `fastbn.explain` says so.
 
->>> p = plan((32, 64, 56, 56), (802816, 12544, 224, 4), 1, 4)
+>>> p = layout_of((32, 64, 56, 56), (802816, 12544, 224, 4), 1, 4)
 >>> p.family, p.N, p.C, p.S
 ('planes', 32, 64, 3136)
->>> p = plan((32, 56, 56, 64), (802816, 14336, 256, 4), 3, 4)
+>>> p = layout_of((32, 56, 56, 64), (802816, 14336, 256, 4), 3, 4)
 >>> p.family, p.N, p.C, p.S
 ('columns', 100352, 64, 1)
 """
@@ -21,9 +21,10 @@ What does not (a spatial slice, a negative stride) is copied once into the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import gcd, prod
-from typing import Any
+from functools import lru_cache
+from math import gcd
+
+from fastbn.common.axes import axis_order, dense_strides, rows_channels_values, strides_in
 
 LANES = 16
 # Outputs from this size on are streamed around the cache; smaller ones are likely to be read again from it.
@@ -31,11 +32,11 @@ STREAM_FROM = 8 << 20
 # Narrower matrices are folded until they have this many columns, so that a tile is long enough to stream.
 NARROW = 256
 # A folded row may not be wider than this: its constants would leave the L2 cache.
-WIDEST_FOLD = 8192
+WIDEST_FOLDED = 8192
 
 
 @dataclass(frozen=True)
-class Plan:
+class Layout:
     """How the kernels see an array.
 
     Attributes
@@ -46,7 +47,7 @@ class Plan:
         ``"planes"`` or ``"columns"``.
     N, C, S : int
         Rows, channels, contiguous values of a channel.
-    fold : int
+    folded : int
         Columns only: how many rows are read as one. 1 unless rows are narrow or of odd width.
     copied : bool
         The array's own strides do not fit: it is copied into a contiguous array of the same axis order.
@@ -57,106 +58,32 @@ class Plan:
     N: int
     C: int
     S: int
-    fold: int
+    folded: int
     copied: bool
 
-    @cached_property
+    @property
     def rows(self) -> int:
         """Rows of the folded matrix."""
-        return self.N // self.fold
+        return self.N // self.folded
 
-    @cached_property
-    def rest(self) -> int:
+    @property
+    def tail_columns(self) -> int:
         """Columns of the incomplete last row of the folded matrix."""
-        return self.N % self.fold * self.C * self.S
+        return self.N % self.folded * self.C * self.S
 
-    @cached_property
+    @property
     def count(self) -> int:
         """Values in a channel."""
         return self.N * self.S
 
 
-def axis_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes from the largest stride to the smallest; axes of length 1 keep their place, as their stride means nothing."""
-    order = list(range(len(shape)))
-    long = [a for a in order if shape[a] != 1]
-    by_stride = sorted(long, key=lambda a: -abs(strides[a]))
-    for place, a in zip(long, by_stride, strict=True):
-        order[place] = a
-    return tuple(order)
-
-
-def _collapse(axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """(length, stride in bytes) of several axes read as one, or None where they are not evenly spaced."""
-    length, stride = 1, 0
-    for a in reversed(axes):
-        if shape[a] == 1:
-            continue
-        if length == 1:
-            stride = strides[a]
-        elif strides[a] != length * stride:
-            return None
-        length *= shape[a]
-    return length, stride
-
-
-def strides_in(
-    order: tuple[int, ...], axis: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
-) -> tuple[int, int] | None:
-    """Strides of rows and channels, in elements, of an array read in `order`; None if it cannot be read so without a copy."""
-    at = order.index(axis)
-    rows = _collapse(order[:at], shape, strides)
-    inner = _collapse(order[at + 1 :], shape, strides)
-    if rows is None or inner is None:
-        return None
-    (N, row_stride), (S, inner_stride), C = rows, inner, shape[axis]
-    channel_stride = strides[axis] if C > 1 else S * itemsize
-    if N == 1:
-        row_stride = channel_stride * C
-    if S > 1 and inner_stride != itemsize:
-        return None
-    # One value after another: S values of a channel, channels apart by S or more, rows apart by all their channels or more.
-    if channel_stride < S * itemsize or channel_stride % itemsize or row_stride % itemsize:
-        return None
-    if row_stride < channel_stride * (C - 1) + S * itemsize or (S == 1 and C > 1 and channel_stride != itemsize):
-        return None
-    return row_stride // itemsize, channel_stride // itemsize
-
-
-def dense_strides(order: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Strides in bytes of a contiguous array whose axes lie in memory in `order`."""
-    strides = [0] * len(shape)
-    step = itemsize
-    for a in reversed(order):
-        strides[a] = step
-        step *= max(shape[a], 1)
-    return tuple(strides)
-
-
-def inverse(order: tuple[int, ...]) -> tuple[int, ...] | None:
-    """How an array whose axes lie in this order is transposed to their own; None if it need not be."""
-    straight = tuple(range(len(order)))
-    return None if order == straight else tuple(order.index(a) for a in straight)
-
-
-def weights_in_order(xp: Any, weight: Any, shape: tuple[int, ...], axis: int, order: tuple[int, ...]) -> Any:
-    """Weights for data of a shape, (N,) or that shape without the channel axis, one for each position, axes as they lie in memory.
-
-    `xp` is the arrays' module, NumPy or CuPy.
-    """
-    positions = shape[:axis] + shape[axis + 1 :]
-    if weight.shape != positions:
-        weight = xp.broadcast_to(weight.reshape(weight.shape + (1,) * (len(positions) - 1)), positions)
-    return weight.transpose(tuple(a - (a > axis) for a in order if a != axis))
-
-
-def _fold(N: int, C: int, S: int) -> int:
+def _rows_to_fold(N: int, C: int, S: int) -> int:
     """How many rows to read as one, so that vectors are full and rows start aligned."""
     width = C * S
-    fold = LANES // gcd(width, LANES)
-    if width * fold < NARROW:
-        fold *= -(-NARROW // (width * fold))
-    return fold if width * fold <= WIDEST_FOLD and 4 * fold <= N else 1
+    folded = LANES // gcd(width, LANES)
+    if width * folded < NARROW:
+        folded *= -(-NARROW // (width * folded))
+    return folded if width * folded <= WIDEST_FOLDED and 4 * folded <= N else 1
 
 
 def _shortest_planes(N: int, streamed: bool, inference: bool) -> int:
@@ -176,10 +103,10 @@ def _shortest_planes(N: int, streamed: bool, inference: bool) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan(
+def layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int, weighted: bool = False, inference: bool = False
-) -> Plan:
-    """The plan for an array; `axis` is the channel axis, counted from the front. No axis may have length 0.
+) -> Layout:
+    """The layout of an array; `axis` is the channel axis, counted from the front. No axis may have length 0.
 
     `inference` is for calls with given statistics that no backward follows.
     """
@@ -190,26 +117,25 @@ def plan(
         fitting = strides_in(order, axis, shape, dense_strides(order, shape, itemsize), itemsize)
     assert fitting is not None
     row_stride, channel_stride = fitting
-    at = order.index(axis)
-    N, C, S = prod(shape[a] for a in order[:at]), shape[axis], prod(shape[a] for a in order[at + 1 :])
+    N, C, S = rows_channels_values(order, axis, shape)
     shortest = _shortest_planes(N, N * C * S * itemsize >= STREAM_FROM, inference)
     columns = S == 1 or (shortest > S and channel_stride == S)
     dense = row_stride == C * S
-    fold = _fold(N, C, S) if columns and dense and not weighted else 1
-    return Plan(order, "columns" if columns else "planes", N, C, S, fold, copied)
+    folded = _rows_to_fold(N, C, S) if columns and dense and not weighted else 1
+    return Layout(order, "columns" if columns else "planes", N, C, S, folded, copied)
 
 
 @lru_cache(maxsize=4096)
 def tensor_strides(
-    p: Plan, axis: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+    p: Layout, axis: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> tuple[int, int] | None:
-    """(row stride, channel stride) in elements with which the kernels read an array under plan `p`, or None: copy it first."""
+    """(row stride, channel stride) in elements with which the kernels read an array under layout `p`, or None: copy it first."""
     fitting = strides_in(p.order, axis, shape, strides, itemsize)
     if fitting is None:
         return None
     row_stride, channel_stride = fitting
     if p.family == "columns" and channel_stride != p.S and p.C > 1:
         return None
-    if p.fold > 1:
-        return (row_stride * p.fold, channel_stride) if row_stride == p.C * p.S else None
+    if p.folded > 1:
+        return (row_stride * p.folded, channel_stride) if row_stride == p.C * p.S else None
     return fitting

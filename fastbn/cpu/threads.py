@@ -14,6 +14,7 @@ on a queue each. Who computes a piece never changes its bits.
 
 from __future__ import annotations
 
+import logging  # noqa: F401  (before the fork hooks below: its own hook then runs after them, and an import can end that wants its lock)
 import os
 import sys
 import threading
@@ -163,14 +164,21 @@ def _compiler_lock() -> Any:
 
 def _before_fork() -> None:
     """Wait until no thread imports or compiles: a child would inherit modules that are half there, a compiler stopped in the
-    middle, and locks of a thread that it does not have."""
-    _held.locks = []
-    # Numba's lock first, as in a thread that compiles and needs a kernel meanwhile; again, should Numba have come while waiting.
-    for find in (_compiler_lock, lambda: importing, _compiler_lock):
-        lock = find()
-        if lock is not None:
-            lock.acquire()
-            _held.locks.append(lock)
+    middle, and locks of a thread that it does not have.
+
+    A thread that imports may want Numba's lock, and a thread that compiles may want ours. So nothing is held while waiting for long.
+    """
+    while True:
+        compiler = _compiler_lock()
+        if compiler is not None:
+            compiler.acquire()
+        if importing.acquire(timeout=0.01):
+            if compiler is not None or _compiler_lock() is None:
+                _held.locks = [importing] if compiler is None else [compiler, importing]
+                return
+            importing.release()  # Numba has come meanwhile
+        if compiler is not None:
+            compiler.release()
 
 
 def _after_fork() -> None:

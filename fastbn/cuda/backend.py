@@ -1,325 +1,315 @@
-"""GPU arrays on their way to the kernels: the functions of functional.py for arrays with ``__cuda_array_interface__``. Twin: cpu.py.
+"""Calls on GPU arrays: outputs, jobs for the kernels, launches on CuPy's current stream. Twin: fastbn/cpu/backend.py.
 
-The same checks with the same errors, the same planning by strides. Nothing here reads what is on the GPU,
-so nothing waits for it. Arrays that the kernels cannot read in place are copied on the GPU, once. Importing this module imports neither
-CuPy nor Numba.
+Nothing here reads what is on the GPU, so nothing waits for it, but for the sum of the weights in `moments`. Nothing is allocated but
+results, O(C) of tables, the activation's bits, and copies of what kernels cannot read in place. Importing this imports neither CuPy nor
+Numba.
 
-Host time is most of a small call's time. So a call looks at each array once, and what follows from shapes, strides, dtypes and alignment
-(most checks, the layout, what needs a copy) is worked out once for all calls that are alike: `_forward_plan` and its like. Such a plan
-holds no array, no address and no value; what depends on those is checked each time.
+What has been checked, and what waits for a GPU, is in docs/gpu.md: nothing here has run on one yet.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from math import prod
-from operator import and_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fastbn.arguments import checks, scalars
 from fastbn.common.context import Context
-from fastbn.cuda import kernels_backend as cuda_backend
-from fastbn.cuda.arrays import Arrays, Facts, Shapes, is_gpu_array
-from fastbn.cuda.layout import Channels, Layout, assign, channels, native_copy, no_more
+from fastbn.cuda import loading
+from fastbn.cuda.addresses import overlap, same_place, separate  # noqa: F401  (a backend's functions)
+from fastbn.cuda.arrays import check_device
+from fastbn.cuda.dispatch import Steps, run
+from fastbn.cuda.layout import assign, native_copy, no_more, seen  # noqa: F401  (`seen` is a backend's function)
+from fastbn.cuda.loading import on_device
+from fastbn.cuda.memory import extra_rows, flat, tables
+from fastbn.cuda.plan import GpuPlan as GpuPlan
+from fastbn.cuda.weights import UNWEIGHTED, Weights
 from fastbn.kernels import rows
+from fastbn.kernels.formulas import backward_coefficients, running_average
 
-if TYPE_CHECKING:
-    from fastbn.statistics import Moments
+Array = Any  # cupy.ndarray
+Job = dict[str, Any]
 
-Array = Any  # cupy.ndarray, or what gpu_arrays.py exchanges for one
-
-
-class GpuContext(Context):
-    """A context whose statistics are on the GPU. `count` is too, as an array of no dimensions, where there were sample weights."""
-
-    def __repr__(self) -> str:
-        mode = "training" if self.training else "frozen"
-        return f"GpuContext({mode}, x: {self.x.dtype} {tuple(self.x.shape)}, axis={self.axis}, count={float(self.count):g})"
+# What users of the library write it as, and whether weights can be looked at without waiting.
+LIBRARY, COUNTS_WEIGHTS = "cupy", False
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What calls have in common whose arrays are alike.
+@dataclass
+class State:
+    """What a forward leaves for its backward's kernels, as they take it: the GPU's part of a context, its `mask`.
 
     Attributes
     ----------
-    dtype : str
-        The name of x's.
-    layout : Layout or None
-        None where x is empty.
-    direct : frozenset of str
-        The arrays of x's shape that kernels read and write in place.
-    reach : dict
-        The memory of each array, counted from its address.
-    parameters, statistics : Channels or None
-        gamma and beta; running statistics, or mean and var.
+    x : array
+        x, or the copy of it that the kernels have read.
+    table, coefs : array
+        ``ctx.table``, and what kernels read of it, in the type of arithmetic.
+    bits : array or None
+        The activation's, in the order of the forward's ``plan.setting``.
     """
 
-    dtype: str
-    layout: Layout | None
-    direct: frozenset[str]
-    reach: dict[str, tuple[int, int]]
-    parameters: Channels | None = None
-    statistics: Channels | None = None
+    x: Any
+    table: Any
+    coefs: Any
+    bits: Any
 
 
-def _plan(
-    s: Shapes, axis: int, dtype: str, layout: Layout | None = None, parameters: Channels | None = None, statistics: Channels | None = None
-) -> Plan:
-    if layout is None and 0 not in s.shape:
-        layout = Layout(s.x, axis, dtype)
-    direct = (name for name in ("x", "residual", "dy", "out") if layout is not None and name in s.of and layout.fits(s.of[name]))
-    return Plan(dtype, layout, frozenset(direct), s.reach(), parameters, statistics)
+def weight_range(weight: Array) -> None:
+    """The smallest and the largest weight, for which the GPU would have to be waited for."""
 
 
-@lru_cache(maxsize=1024)
-def _forward_plan(facts: Facts, axis: int, training: bool) -> Plan:
-    """The checks of a forward that need no address, and its plan."""
-    s = Shapes(facts)
-    dtype = s.data(axis)
-    axis %= s.ndim
-    parameters, statistics = channels(s.vectors(axis, "gamma", "beta")), channels(s.running(axis, training))
-    s.like_x("residual")
-    s.weight(axis)
-    s.output()
-    if not training and "running_mean" not in s.of:
-        raise checks.no_running_statistics()
-    count = prod(s.shape) // s.shape[axis] if s.shape[axis] else 0
-    if training and count == 1:
-        raise checks.one_value_per_channel(s.shape, axis)
-    return _plan(s, axis, dtype, None, parameters, statistics)
+@on_device
+def weigh(plan: GpuPlan, weight: Array) -> Weights:
+    """Sample weights as kernels read them."""
+    return Weights(weight, plan.seen["sample_weight"].plain, plan.layout, plan.axis, plan.setting.compute)
 
 
-def forward(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    axis: int,
-    unbiased: bool,
-    activation: str | None,
-    residual: Array | None,
-    sample_weight: Array | None,
-    out: Array | None,
-) -> tuple[Array, Context]:
-    """`fastbn.batch_norm_forward` on a GPU."""
-    training = bool(training)
-    a = Arrays(
-        x=x,
-        gamma=gamma,
-        beta=beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        residual=residual,
-        sample_weight=sample_weight,
-        out=out,
-    )
-    axis = a.axis(axis)
-    p = _forward_plan(a.facts, axis, training)
-    axis %= a.x.ndim
-    eps, momentum, relu = scalars.eps(eps), scalars.momentum(momentum), scalars.activation(activation)
-    a.writable("out", *(("running_mean", "running_var") if training else ()))
-    a.apart(p.reach, None, training)
-    xp = a.xp
-
-    gamma_dtype, beta_dtype = (None if v is None else v.dtype for v in (a["gamma"], a["beta"]))
-
-    def context(count: Any, table: Array, state: Any) -> GpuContext:
-        return GpuContext(x, axis, training, count, residual is not None, relu, gamma_dtype, beta_dtype, table, state)
-
-    with a.on_device():
-        if p.layout is None:
-            table = _table_of_nothing(a, a.x.shape[axis], training, eps)
-            y = xp.empty_like(a.x) if out is None else a["out"]
-            return a.back("out", y), context(0.0, table, None)
-        layout, direct = p.layout, p.direct
-        y, y_flat, finish = layout.written(xp, a["out"], "out" in direct)
-        live: tuple[Any, ...] = a["running_mean"], a["running_var"]
-        assert p.statistics is not None
-        held: tuple[Any, ...] = _read(p.statistics, a, "running_mean", "running_var")
-        if training and (finish is not no_more or a.exchanged or len(p.statistics.direct) == 1):
-            # What follows the kernels may fail, or leave a channel out: statistics are then moved last, both of them.
-            held = tuple(v if v is None or v is not given else given.copy() for v, given in zip(held, live, strict=True))
-        state = cuda_backend.forward(
-            layout.read(xp, a.x, "x" in direct),
-            y_flat,
-            layout.shape,
-            **dict(zip(("gamma", "beta"), _read(p.parameters, a, "gamma", "beta"), strict=True)),
-            running_mean=held[0],
-            running_var=held[1],
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            unbiased=bool(unbiased),
-            relu=relu,
-            residual=None if residual is None else layout.read(xp, a["residual"], "residual" in direct),
-            sample_weight=layout.weight(xp, a["sample_weight"]) if training else None,
-            dtype=p.dtype,
-        )
-        finish()
-        result = a.back("out", y), context(state.count, state.table, (state, layout))
-        if training and live[0] is not None and (held[0] is not live[0] or held[1] is not live[1]):
-            _move(a, live, held, state)
-    return result
+# ------------------------------------------------------------------------------------------------------------------ forward
 
 
-def _read(channels: Channels | None, a: Arrays, *names: str) -> tuple[Array | None, ...]:
-    """Per-channel arrays as kernels take them."""
-    assert channels is not None
-    return tuple(channels.read(a.xp, a[name], name) for name in names)
+def _job(plan: GpuPlan, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, **more: Any) -> Job:
+    """A forward's arguments, but for what it writes."""
+    return {
+        **plan.setting.constants,
+        **UNWEIGHTED,
+        "x": plan.layout.read(x, "x" in plan.direct),
+        "residual_x": None if residual is None else plan.layout.read(residual, "residual" in plan.direct),
+        "gamma": plan.parameters.read(gamma, "gamma"),
+        "beta": plan.parameters.read(beta, "beta"),
+        **more,
+    }
 
 
-def _move(a: Arrays, live: tuple[Array, ...], held: tuple[Array, ...], state: cuda_backend.State) -> None:
-    """Put the running statistics that the kernels have moved into the arrays that were given.
-
-    With two dtypes the kernels see float64. A channel whose statistics float32 cannot hold is then left out here, in both.
-    """
-    xp = a.xp
-    moved = [used.astype(given.dtype.newbyteorder("="), copy=False) for given, used in zip(live, held, strict=True)]
-    if moved[0].dtype != moved[1].dtype:
-        single = (v.astype(np.float32) for v in (state.mean, state.var, *moved))
-        fits = reduce(and_, (xp.isfinite(v) for v in single))
-        moved = [xp.where(fits, new, native_copy(xp, given)) for new, given in zip(moved, live, strict=True)]
-    for given, new in zip(live, moved, strict=True):
-        assign(xp, given, new)
-        a.back(None, given)  # for the waiting
-
-
-def _table_of_nothing(a: Arrays, C: int, training: bool, eps: float) -> Array:
-    """The context's table of an empty batch."""
-    table = a.xp.zeros((rows.ANCHOR, C), np.float64)
-    if not training:
-        table[rows.MEAN], table[rows.VAR] = native_copy(a.xp, a["running_mean"]), native_copy(a.xp, a["running_var"])
-    table[rows.INVSTD] = 1.0 / a.xp.sqrt(table[rows.VAR] + eps)
+def _tables(plan: GpuPlan, job: Job) -> Array:
+    """The forward's tables, as a part of the job; gives the one for the context."""
+    table, job["table"], job["coefs"] = tables(rows.ANCHOR, plan.C, loading.kernels().channels.COEF_ROWS, plan.setting.compute)
     return table
 
 
-@lru_cache(maxsize=1024)
-def _backward_plan(facts: Facts, axis: int, layout: Layout | None) -> Plan:
-    """The checks of a backward that need no address, and its plan."""
-    s = Shapes(facts)
-    s.like_x("dy")
-    s.output()
-    return _plan(s, axis, s.data(axis), layout)
+def _context(plan: GpuPlan, x: Array, count: Any, table: Array, job: Job, weights: Weights | None) -> Context:
+    """The context of a forward whose job this was."""
+    return Context(x, plan, count, table, State(job["x"], job["table"], job["coefs"], job["mask"]), weights)
 
 
-def backward(dy: Array, ctx: Context, out: Array | None) -> tuple[Array | None, ...]:
-    """`fastbn.batch_norm_backward` on a GPU."""
-    if dy is None:
-        raise TypeError("dy is None; pass the gradient of y, an array of x's shape and dtype")
-    a = Arrays(x=ctx.x, dy=dy, out=out)
-    state, layout = (None, None) if ctx.state is None else ctx.state
-    p = _backward_plan(a.facts, ctx.axis, layout)
-    a.writable("out")
-    a.apart(p.reach, "dy", False)
-    xp, C = a.xp, a.x.shape[ctx.axis]
-    with a.on_device():
-        given = [None if d is None else d.newbyteorder("=") for d in (ctx.gamma_dtype, ctx.beta_dtype)]
-        found = {d for d in given if d is not None}
-        common = np.dtype(np.float64) if len(found) > 1 else next(iter(found), None)
-        empty = xp.zeros if state is None else xp.empty  # the kernels write every channel
-        dgamma, dbeta = (None if dtype is None else empty(C, common) for dtype in given)
-        dresidual = None
-        if state is None or layout is None:
-            dx = xp.empty_like(a.x) if out is None else a["out"]
-            dresidual = xp.empty_like(a.x)
-        else:
-            dx, dx_flat, finish = layout.written(xp, a["out"], "out" in p.direct)
-            dresidual_flat, finish_dresidual = None, no_more
-            if ctx.has_residual:
-                dresidual, dresidual_flat, finish_dresidual = layout.written(xp, None, False)
-            dy_flat = layout.read(xp, a["dy"], "dy" in p.direct)
-            cuda_backend.backward(dy_flat, dx_flat, state, dgamma=dgamma, dbeta=dbeta, dresidual=dresidual_flat)
-            finish()
-            finish_dresidual()
-        dgamma = None if dgamma is None else dgamma.astype(given[0], copy=False)
-        dbeta = None if dbeta is None else dbeta.astype(given[1], copy=False)
-    result = a.back("out", dx), a.back(None, dgamma), a.back(None, dbeta)
-    return (*result, a.back(None, dresidual)) if ctx.has_residual else result
+def _bits(plan: GpuPlan) -> Any:
+    """Room for the activation's bits, if there is one."""
+    return flat(loading.kernels().arrays.empty(plan.setting.plan.words, np.uint32)) if plan.relu else None
 
 
-@lru_cache(maxsize=1024)
-def _inference_plan(facts: Facts, axis: int) -> Plan:
-    """The checks of an inference that need no address, and its plan."""
-    s = Shapes(facts)
-    dtype = s.data(axis)
-    axis %= s.ndim
-    parameters, statistics = channels(s.vectors(axis, "gamma", "beta")), channels(s.vectors(axis, "mean", "var"))
-    s.like_x("residual")
-    s.output()
-    return _plan(s, axis, dtype, None, parameters, statistics)
+def _of_nothing(
+    plan: GpuPlan, x: Array, out: Array | None, eps: float, mean: Any = None, var: Any = None, count: float = 0.0
+) -> tuple[Array, Context]:
+    """y and context of an empty batch, which learns nothing."""
+    arrays = loading.kernels().arrays
+    table = arrays.zeros((rows.ANCHOR, plan.C), np.float64)
+    if mean is not None:
+        table[rows.MEAN], table[rows.VAR] = native_copy(mean), native_copy(var)
+    table[rows.INVSTD] = 1.0 / arrays.sqrt(table[rows.VAR] + eps)
+    return arrays.empty_like(x) if out is None else out, Context(x, plan, count, table)
 
 
+def _move(running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float) -> None:
+    """Move running statistics towards a batch's, which are float64, but in channels that the narrower of their dtypes cannot hold."""
+    arrays = loading.kernels().arrays
+    narrow = min((a.dtype.newbyteorder("=") for a in (running_mean, running_var)), key=lambda dtype: dtype.itemsize)
+    fits = arrays.isfinite(mean.astype(narrow)) & arrays.isfinite(var.astype(narrow))
+    before = native_copy(running_mean), native_copy(running_var)
+    moved = [
+        arrays.where(fits, running_average(old.astype(np.float64), new, momentum).astype(old.dtype), old)  # type: ignore[no-untyped-call]
+        for old, new in zip(before, (mean, var), strict=True)
+    ]
+    assign(running_mean, moved[0])
+    assign(running_var, moved[1])
+
+
+@on_device
+def forward(
+    plan: GpuPlan, x: Array, gamma: Array | None, beta: Array | None, running_mean: Array | None, running_var: Array | None,
+    residual: Array | None, out: Array | None, weights: Weights | None, eps: float, momentum: float, unbiased: bool,
+) -> tuple[Array, Context]:  # fmt: skip
+    """y, and the context of a training or frozen forward; running statistics move last.
+
+    The kernels move them where nothing is left to do afterwards that may fail, and where they can reach both of them.
+    """
+    training = plan.training
+    if plan.empty:
+        return _of_nothing(plan, x, out, eps, *((None, None) if training else (running_mean, running_var)))
+    count = float(plan.count)
+    correction = count / (count - 1.0) if unbiased and count > 1.0 else 1.0
+    y, written, finish = plan.layout.written(out, "out" in plan.direct)
+    job = _job(plan, x, gamma, beta, residual, y=written, momentum=momentum, eps=eps, correction=correction, mask=_bits(plan))
+    moved_here = plan.moves and (finish is not no_more or len(plan.statistics.direct) < 2)
+    if not moved_here:
+        job["running_mean"] = plan.statistics.read(running_mean, "running_mean")
+        job["running_var"] = plan.statistics.read(running_var, "running_var")
+    weights = weights if training else None
+    if weights is not None:
+        job |= weights.arguments(bool(unbiased))
+    table = _tables(plan, job)
+    run(plan.setting, plan.steps, job)
+    finish()
+    if moved_here:
+        factor = correction if weights is None else weights.correction(bool(unbiased))
+        _move(running_mean, running_var, table[rows.MEAN], table[rows.VAR] * factor, momentum)
+    return y, _context(plan, x, count if weights is None else weights.count, table, job, weights)
+
+
+@on_device
 def inference(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array,
-    var: Array,
-    eps: float,
-    axis: int,
-    activation: str | None,
-    residual: Array | None,
-    out: Array | None,
-) -> Array:
-    """`fastbn.batch_norm_inference` on a GPU."""
-    if mean is None or var is None:
-        raise TypeError("mean and var must be arrays of shape (C,); use batch_norm_forward for the statistics of x")
-    a = Arrays(x=x, gamma=gamma, beta=beta, mean=mean, var=var, residual=residual, out=out)
-    p = _inference_plan(a.facts, a.axis(axis))
-    eps, relu = scalars.eps(eps), scalars.activation(activation)
-    a.writable("out")
-    a.apart(p.reach, "x", False)
-    with a.on_device():
-        if p.layout is None:
-            return a.back("out", a.xp.empty_like(a.x) if out is None else a["out"])
-        y, y_flat, finish = p.layout.written(a.xp, a["out"], "out" in p.direct)
-        cuda_backend.inference(
-            p.layout.read(a.xp, a.x, "x" in p.direct),
-            y_flat,
-            p.layout.shape,
-            *_read(p.parameters, a, "gamma", "beta"),
-            *_read(p.statistics, a, "mean", "var"),
-            eps=eps,
-            relu=relu,
-            residual=None if residual is None else p.layout.read(a.xp, a["residual"], "residual" in p.direct),
-            dtype=p.dtype,
-        )
+    plan: GpuPlan, x: Array, gamma: Array | None, beta: Array | None, mean: Array, var: Array, residual: Array | None,
+    out: Array | None, eps: float,
+) -> Array:  # fmt: skip
+    """y with given statistics."""
+    if plan.empty:
+        return loading.kernels().arrays.empty_like(x) if out is None else out
+    y, written, finish = plan.layout.written(out, "out" in plan.direct)
+    given = {"running_mean": plan.statistics.read(mean, "mean"), "running_var": plan.statistics.read(var, "var")}
+    run(plan.setting, plan.steps, _job(plan, x, gamma, beta, residual, y=written, eps=eps, **given))
+    finish()
+    return y
+
+
+@on_device
+def moments(plan: GpuPlan, x: Array, weights: Weights | None) -> tuple[float, Array, Array, Array]:
+    """Count, mean, sum of squared deviations, and what rounding the mean has lost; a count of 0 where there is nothing.
+
+    With sample weights it waits for their sum, which a Moments holds on the host.
+    """
+    if plan.empty:
+        nothing = loading.kernels().arrays.zeros(plan.C)
+        return 0.0, nothing, nothing, nothing
+    job = _job(plan, x, None, None, None, momentum=0.0, eps=1.0, correction=1.0)
+    if weights is not None:
+        job |= weights.arguments()
+    table = _tables(plan, job)
+    run(plan.setting, plan.steps, job)
+    count = float(plan.count if weights is None else weights.count)
+    return count, table[rows.MEAN], table[rows.VAR] * count, table[rows.LOW]
+
+
+@on_device
+def forward_apply(
+    plan: GpuPlan, x: Array, gamma: Array | None, beta: Array | None, running_mean: Array | None, running_var: Array | None,
+    residual: Array | None, out: Array | None, weights: Weights | None, eps: float, momentum: float, correction: float, moments: Any,
+) -> tuple[Array, Context]:  # fmt: skip
+    """The forward of a part of a batch, with the moments of all of it; running statistics move by those."""
+    mean: Any = None
+    var: Any = None
+    if moments.count:
+        mean, var = moments.mean, moments.var()
+        check_device("moments", mean, "x", x.data.device_id)
+    if plan.empty:
+        y, ctx = _of_nothing(plan, x, out, eps, mean, var, moments.count)
+    else:
+        y, written, finish = plan.layout.written(out, "out" in plan.direct)
+        given = {"running_mean": flat(mean), "running_var": flat(var)}
+        job = _job(plan, x, gamma, beta, residual, y=written, eps=eps, mask=_bits(plan), **given)
+        table = _tables(plan, job)
+        run(plan.setting, plan.steps[:1], job)
+        _put_low(plan, table, mean, moments.mean_lo)
+        run(plan.setting, plan.steps[1:], job)
         finish()
-    return a.back("out", y)
+        ctx = _context(plan, x, moments.count, table, job, weights)
+    if plan.moves and moments.count:
+        _move(running_mean, running_var, mean, var * correction, momentum)
+    return y, ctx
 
 
-@lru_cache(maxsize=1024)
-def _moments_plan(facts: Facts, axis: int) -> Plan:
-    """The checks of moments, and their plan."""
-    s = Shapes(facts)
-    dtype = s.data(axis)
-    s.weight(axis % s.ndim)
-    return _plan(s, axis % s.ndim, dtype)
+def _put_low(plan: GpuPlan, table: Array, mean: Array, low: Array) -> None:
+    """Put the low word of the mean, which given statistics have none of, into the tables; float32 constants hold a part of it too."""
+    known, compute = loading.kernels().channels, plan.setting.compute
+    coefs = extra_rows(table, rows.ANCHOR, known.COEF_ROWS, compute)
+    table[rows.LOW] = low
+    coefs[known.LO] = (mean - coefs[known.HI].astype(np.float64)) + low
 
 
-def moments(x: Array, axis: int, sample_weight: Array | None) -> Moments:
-    """`fastbn.moments` on a GPU. With sample weights it waits for their sum, which a Moments holds on the host."""
-    from fastbn.statistics import Moments
-
-    a = Arrays(x=x, sample_weight=sample_weight)
-    axis = a.axis(axis)
-    p = _moments_plan(a.facts, axis)
-    C = a.x.shape[axis]
-    if p.layout is None:
-        return Moments.empty(C)
-    with a.on_device():
-        x_flat, weight = p.layout.read(a.xp, a.x, "x" in p.direct), p.layout.weight(a.xp, a["sample_weight"])
-        count, mean, m2, low = cuda_backend.moments(x_flat, p.layout.shape, sample_weight=weight, dtype=p.dtype)
-        count = float(count)
-        return Moments.empty(C) if count == 0.0 else Moments(count, mean, m2, low)
+# ----------------------------------------------------------------------------------------------------------------- backward
 
 
-__all__ = ["GpuContext", "backward", "forward", "inference", "is_gpu_array", "moments"]
+class _Gradients:
+    """What a backward writes of x's shape, as its kernels take it, and as it is returned."""
+
+    def __init__(self, plan: GpuPlan, out: Array | None) -> None:
+        self.dx, dx, finish_dx = plan.layout.written(out, "out" in plan.direct)
+        self.dresidual, dresidual, finish_dresidual = None, None, no_more
+        if plan.has_residual:
+            self.dresidual, dresidual, finish_dresidual = plan.layout.written(None, False)
+        self.job, self._finish = {"dx": dx, "dresidual": dresidual}, (finish_dx, finish_dresidual)
+
+    def finish(self) -> tuple[Array, Array | None]:
+        """dx and dresidual, once the kernels are queued."""
+        for finish in self._finish:
+            finish()
+        return self.dx, self.dresidual
+
+
+def _run_backward(plan: GpuPlan, steps: Steps, dy: Array, ctx: Context, tables_: Job, **written: Any) -> None:
+    """Run kernels of a backward."""
+    state: State = ctx.mask
+    job = {**plan.setting.constants, **UNWEIGHTED, **tables_, **written, "frozen": int(not ctx.training)}
+    job |= {"x": state.x, "table": state.table, "coefs": state.coefs, "mask": state.bits}
+    job["dy"] = plan.layout.read(dy, "dy" in plan.direct)
+    if ctx.weights is not None:
+        job |= ctx.weights.arguments()
+    run(plan.setting, steps, job)
+
+
+def _gradient_tables(plan: GpuPlan) -> tuple[Array, Job]:
+    """The backward's tables: all rows as one array, and as a part of the job."""
+    grads, whole, coefs = tables(rows.BACKWARD_ROWS, plan.C, loading.kernels().channels.GRAD_ROWS, plan.setting.compute)
+    return grads, {"grads": whole, "grad_coefs": coefs}
+
+
+@on_device
+def backward(plan: GpuPlan, x: Array, dy: Array, ctx: Context, out: Array | None) -> tuple[Array | None, ...]:
+    """dx, dgamma and dbeta, and dresidual where the forward had a residual."""
+    arrays, common = loading.kernels().arrays, plan.parameters.dtype
+    made = arrays.zeros if plan.empty else arrays.empty  # the kernels write every channel
+    given = ctx.plan.dtype_of("gamma"), ctx.plan.dtype_of("beta")
+    vectors = [None if dtype is None else made(plan.C, common) for dtype in given]
+    if plan.empty:
+        dx, dresidual = arrays.empty_like(x) if out is None else out, arrays.empty_like(x)
+    else:
+        to, (_, found) = _Gradients(plan, out), _gradient_tables(plan)
+        dgamma, dbeta = (None if v is None else flat(v, dense=True) for v in vectors)
+        _run_backward(plan, plan.steps, dy, ctx, found, dgamma=dgamma, dbeta=dbeta, **to.job)
+        dx, dresidual = to.finish()
+    parameters = [
+        None if v is None or dtype is None else v.astype(dtype.newbyteorder("="), copy=False)
+        for v, dtype in zip(vectors, given, strict=True)
+    ]
+    return (dx, *parameters, dresidual) if ctx.has_residual else (dx, *parameters)
+
+
+@on_device
+def backward_reduce(plan: GpuPlan, x: Array, dy: Array, ctx: Context) -> tuple[Array, Array]:
+    """The sums over a part of a batch of g, and of g * (x - mean)."""
+    if plan.empty:
+        zeros = loading.kernels().arrays.zeros
+        return zeros(plan.C), zeros(plan.C)
+    grads, found = _gradient_tables(plan)
+    _run_backward(plan, plan.steps, dy, ctx, found)
+    return grads[rows.SUM_DY].copy(), grads[rows.SUM_DY_XMU].copy()
+
+
+@on_device
+def backward_apply(
+    plan: GpuPlan, x: Array, dy: Array, ctx: Context, sum_dy: Array, sum_dy_xmu: Array, count: Any, out: Array | None
+) -> tuple[Array, Array | None]:
+    """dx and dresidual of a part of a batch, from the sums over all of it."""
+    if plan.empty:
+        empty_like = loading.kernels().arrays.empty_like
+        return empty_like(x) if out is None else out, empty_like(x)
+    known, compute, table = loading.kernels().channels, plan.setting.compute, ctx.table
+    sums = [native_copy(a).astype(np.float64, copy=False) for a in (sum_dy, sum_dy_xmu)]
+    a, b, c = backward_coefficients(table[rows.GAMMA], table[rows.INVSTD], sums[0], sums[1], count)  # type: ignore[no-untyped-call]
+    grads, found = _gradient_tables(plan)
+    coefs = extra_rows(grads, rows.BACKWARD_ROWS, known.GRAD_ROWS, compute)
+    coefs[known.DA], coefs[known.DB], coefs[known.DC] = a, b / table[rows.INVSTD], c
+    to = _Gradients(plan, out)
+    _run_backward(plan, plan.steps, dy, ctx, found, **to.job)
+    return to.finish()
+
+
+GpuPlan.backend = sys.modules[__name__]

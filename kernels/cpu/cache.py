@@ -1,4 +1,4 @@
-"""The disk cache of compiled kernels: one file for each kernel variant, named by all that its code depends on.
+"""The disk cache of compiled kernels: one file for each variant of a program, named by all that its code depends on.
 
 Numba's own cache keeps one index for a function; it is written without a lock, so processes that start together can bind a
 signature to another's code, and a damaged file raises. Here each variant has a file of its own, written under a temporary name

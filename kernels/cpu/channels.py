@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbn.kernels import formulas
 from fastbn.kernels.cpu.helpers import inline
-from fastbn.kernels.cpu.simd import get, moved, put, two_words
+from fastbn.kernels.cpu.simd import get, get_channel, moved, needs_two_words, put_channel
 from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for all CPU kernels)
     ANCHOR,
     BACKWARD_ROWS,
@@ -18,7 +18,6 @@ from fastbn.kernels.rows import (  # noqa: F401  (this file names the rows for a
     COEF_A,
     COEF_B,
     COEF_C,
-    DGAMMA,
     GAMMA,
     INVSTD,
     LOW,
@@ -35,14 +34,14 @@ exact_sum = inline(formulas.exact_sum)
 backward_coefficients = inline(formulas.backward_coefficients)
 running_average = inline(formulas.running_average)
 float32_anchor = inline(formulas.float32_anchor)
-brief_products_hold = inline(formulas.brief_products_hold)
+float32_products_hold = inline(formulas.float32_products_hold)
 
 
 @inline
-def shift_of_channel(x, c, points):
-    """The median of three values of channel c: one outlier does not become the shift. Points are offsets in the channel."""
+def shift_of_channel(x, c, shift_places):
+    """The median of three values of channel c: one outlier does not become the shift. `shift_places` are offsets."""
     p = moved(x[0], c * x[2])
-    a, b, d = get(p, points[0]), get(p, points[1]), get(p, points[2])
+    a, b, d = get(p, shift_places[0]), get(p, shift_places[1]), get(p, shift_places[2])
     return max(min(a, b), min(max(a, b), d))
 
 
@@ -59,13 +58,32 @@ def moments_of_sums(s, q, count):
 
 
 @inline
-def off_centre(x, count, d, m2):
+def shift_is_far(x, count, d, m2):
     """Whether a block of float64 is to be gathered again, around its own mean.
 
     M2 loses d^2 / variance times what its sums were rounded by, 2e-15: with a shift more than three standard deviations off, the bound
     of 1e-13 would be in danger. The median of three values is as far off in one channel of 100,000, if they are normally distributed.
     """
-    return two_words(x) and d * d * count > 9.0 * m2
+    return needs_two_words(x) and d * d * count > 9.0 * m2
+
+
+@inline
+def value_of(vector, c, absent):
+    """The value of channel c, or `absent` where there is no such vector."""
+    return get_channel(vector[0], c * vector[1], vector[2], absent)
+
+
+@inline
+def set_value(vector, c, value):
+    """Write the value of channel c."""
+    put_channel(vector[0], c * vector[1], vector[2], value)
+
+
+@inline
+def open_column(table, channels, c):
+    """The parameters of channel c into its column of the table."""
+    table[GAMMA, c] = value_of(channels.gamma, c, 1.0)
+    table[BETA, c] = value_of(channels.beta, c, 0.0)
 
 
 @inline
@@ -88,14 +106,20 @@ def finish_channel(table, c, shift, count, average, m2, eps):
 
 
 @inline
-def takes(table, c, wide):
+def found(left_out, lanes64):
+    """What a kernel of a forward finds: channels that its float32 lanes leave out. Float64 lanes leave out none."""
+    return left_out if lanes64 is None else 0
+
+
+@inline
+def is_written(table, c, lanes64, leftovers):
     """Whether a kernel is to normalise channel c.
 
-    In float32 lanes (`wide` is None) it takes those that fit, in float64 lanes all of them or, as a second run, the others.
+    In float32 lanes (`lanes64` is None) it takes those that fit, in float64 lanes all of them, or only the `leftovers`.
     """
-    if wide is None:
+    if lanes64 is None:
         return not math.isnan(table[ANCHOR, c])
-    return wide or math.isnan(table[ANCHOR, c])
+    return leftovers is None or math.isnan(table[ANCHOR, c])
 
 
 @inline
@@ -111,81 +135,89 @@ def finish_blocks(table, partial, c, eps):
     return finish_channel(table, c, shift, count, average, m2, eps)
 
 
-def finish_stats(table, partial, C, eps):
-    """The rows MEAN to SCALE and ANCHOR from the moments of blocks; a row of partial is (count, mean - shift, M2, shift).
+def finish_stats(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
+    """All rows of the table from the parameters and the moments of blocks; a row of partial is (count, mean - shift, M2, shift).
 
     How many channels do not fit float32 lanes.
     """
-    unfit = 0
-    for c in range(C):
-        unfit += finish_blocks(table, partial, c, eps)
-    return unfit
+    left_out = 0
+    for c in range(shape.C):
+        open_column(table, channels, c)
+        left_out += finish_blocks(table, partial, c, numbers.eps)
+    return found(left_out, options.lanes64)
 
 
-def finish_given(table, C, eps):
-    """INVSTD, SCALE and ANCHOR where mean and variance are given. How many channels do not fit float32 lanes."""
-    unfit = 0
-    for c in range(C):
-        unfit += finish_scale(table, c, eps)
-    return unfit
+def finish_given(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
+    """All rows of the table where mean and variance are given. How many channels do not fit float32 lanes."""
+    left_out = 0
+    for c in range(shape.C):
+        open_column(table, channels, c)
+        table[MEAN, c], table[VAR, c] = value_of(channels.mean, c, 0.0), value_of(channels.var, c, 0.0)
+        table[LOW, c] = value_of(channels.low, c, 0.0)
+        left_out += finish_scale(table, c, numbers.eps)
+    return found(left_out, options.lanes64)
 
 
-def update_running(table, running_mean, running_var, C, mean_stride, var_stride, momentum, correction, limit, force):
-    """Move the running statistics towards the batch's; correction is n / (n - 1) or 1. How many channels are not finite.
+def update_running(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
+    """Move the running statistics, if there are any, towards the batch's. How many channels are not finite.
 
     Such a channel leaves its running statistics as they were: one bad batch does not destroy them. With any such channel nothing
-    is written unless `force`, so that the caller can warn first. `limit` is the largest number that the running dtype holds.
+    is written unless `force`, so that the caller can warn first.
     """
+    momentum, correction, limit = numbers.momentum, numbers.correction, numbers.limit
     skipped = 0
-    for c in range(C):
+    if channels.mean[2] == 0:
+        return skipped
+    for c in range(shape.C):
         if not (abs(table[MEAN, c]) <= limit and table[VAR, c] * correction <= limit):
             skipped += 1
-    if skipped == 0 or force:
-        for c in range(C):
+    if skipped == 0 or numbers.force:
+        for c in range(shape.C):
             mean, var = table[MEAN, c], table[VAR, c] * correction
             if abs(mean) <= limit and var <= limit:
-                put(running_mean, c * mean_stride, running_average(get(running_mean, c * mean_stride), mean, momentum))
-                put(running_var, c * var_stride, running_average(get(running_var, c * var_stride), var, momentum))
+                set_value(channels.mean, c, running_average(value_of(channels.mean, c, 0.0), mean, momentum))
+                set_value(channels.var, c, running_average(value_of(channels.var, c, 0.0), var, momentum))
     return skipped
 
 
 @inline
-def finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, largest, count, constant, brief):
+def finish_channel_backward(table, grads, channels, c, sum_dy, sum_dy_xmu, largest, count, constant, lanes32):
     """dx = A * dy + B * (x - mean) + C of a channel; frozen statistics are constants.
 
-    1 if the channel's numbers do not suit brief sums and float32 lanes, else 0; `largest` is its largest abs(dy). Brief sums are of
+    1 if the channel's numbers do not suit sums in float32 lanes, else 0; `largest` is its largest abs(dy). Such sums are of
     dy * (x - m), with m the mean in float32.
     """
-    if brief is not None:
+    if lanes32 is not None:
         sum_dy_xmu += (np.float32(table[MEAN, c]) - table[MEAN, c]) * sum_dy
     grads[SUM_DY, c] = sum_dy
     grads[SUM_DY_XMU, c] = sum_dy_xmu
-    grads[DGAMMA, c] = sum_dy_xmu * table[INVSTD, c]
+    set_value(channels.dgamma, c, sum_dy_xmu * table[INVSTD, c])
+    set_value(channels.dbeta, c, sum_dy)
     a, b, d = backward_coefficients(table[GAMMA, c], table[INVSTD, c], sum_dy, sum_dy_xmu, count)
     grads[COEF_A, c] = a
     grads[COEF_B, c] = 0.0 if constant else b
     grads[COEF_C, c] = 0.0 if constant else d
-    if brief is None or brief_products_hold(a, largest, math.sqrt(table[VAR, c]), count):
+    if lanes32 is None or float32_products_hold(a, largest, math.sqrt(table[VAR, c]), count):
         return 0
     return 1
 
 
 @inline
-def finish_blocks_backward(table, grads, partial, c, count, constant, brief):
+def finish_blocks_backward(table, grads, channels, partial, c, count, constant, lanes32):
     sum_dy, sum_dy_xmu, largest = 0.0, 0.0, 0.0
     for b in range(partial.shape[1]):
         sum_dy += partial[c, b, 0]
         sum_dy_xmu += partial[c, b, 1]
         largest = max(largest, partial[c, b, 2])
-    return finish_channel_backward(table, grads, c, sum_dy, sum_dy_xmu, largest, count, constant, brief)
+    return finish_channel_backward(table, grads, channels, c, sum_dy, sum_dy_xmu, largest, count, constant, lanes32)
 
 
-def finish_backward(table, grads, partial, C, count, constant, brief):
+def finish_backward(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
     """The rows of the backward's table from the sums of blocks; a row of partial is (sum dy, sum dy * (x - mean), largest dy, -).
 
-    How many channels do not suit brief sums.
+    How many channels do not suit float32 sums.
     """
-    unfit = 0
-    for c in range(C):
-        unfit += finish_blocks_backward(table, grads, partial, c, count, constant, brief)
-    return unfit
+    left_out = 0
+    for c in range(shape.C):
+        left_out += finish_blocks_backward(table, grads, channels, partial, c, numbers.count, numbers.constant, options.lanes32)
+    return left_out

@@ -26,19 +26,30 @@ Tried and lost: four vectors of a row at a time in a tile of the statistics (no 
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
 
-from fastbn.kernels.cpu.channels import ANCHOR, MEAN, SCALE, finish_blocks, moments_of_sums, off_centre, shift_of_channel, takes
+from fastbn.kernels.cpu.channels import (
+    ANCHOR,
+    MEAN,
+    SCALE,
+    finish_blocks,
+    found,
+    is_written,
+    moments_of_sums,
+    open_column,
+    shift_is_far,
+    shift_of_channel,
+)
 from fastbn.kernels.cpu.helpers import inline
-from fastbn.kernels.cpu.planes import count_of, flush_bits, normalise, normalise_some
+from fastbn.kernels.cpu.planes import flush_bits, normalise, normalise_masked
 from fastbn.kernels.cpu.simd import (
     LANES,
     bias,
     fence,
+    first_lanes,
     get,
-    keep,
     lanes_memory,
     lanes_to_boundary,
     load,
-    load_some,
+    load_masked,
     moved,
     prefetch,
     prefetch_once,
@@ -49,18 +60,19 @@ from fastbn.kernels.cpu.simd import (
     vectors,
 )
 from fastbn.kernels.cpu.strips import (
-    ahead_of,
     clear,
-    collapse,
-    expand,
-    lead_at,
     next_position,
     next_tile,
-    rows_ahead,
+    prefetch_distance,
+    prefetch_distance_at,
+    prefetch_row,
+    spread_to_columns,
     strip_of,
+    strips_of,
+    sum_over_columns,
     weight_vector,
 )
-from fastbn.kernels.cpu.sums import add_value
+from fastbn.kernels.cpu.sums import add_value, weight_of_block
 
 # Rows of a thread's scratch: constants and accumulators by column.
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
@@ -71,8 +83,8 @@ MEAN_ROW, LOW_ROW, SCALE_ROW, BIAS_ROW, TEMPORARY_ROW = range(5)
 
 
 @inline
-def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
-    """Add rows first..last of a strip to its accumulators, around its shifts; prefetch `lead` values on."""
+def gather_tile(x, weight, first, last, column, width, S, scratch, distance):
+    """Add rows first..last of a strip to its accumulators, around its shifts; prefetch `distance` values on."""
     shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
     position = 0
     for j in range(0, width, LANES):
@@ -81,13 +93,13 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
         if j + LANES <= width:
             for r in range(first, last):
                 xp = row(x, r, column)
-                prefetch(xp, j + lead)
+                prefetch(xp, j + distance)
                 e = load(xp, j) - k
                 acc = add_value(acc, e, weight_vector(weight, r, position))
         else:
             n = width - j
             for r in range(first, last):
-                e = keep(load_some(row(x, r, column), j, n) - k, n)
+                e = first_lanes(load_masked(row(x, r, column), j, n) - k, n)
                 acc = add_value(acc, e, weight_vector(weight, r, position))
         store(sums, j, acc[0])
         store(squares, j, acc[1])
@@ -95,48 +107,51 @@ def gather_tile(x, weight, first, last, column, width, S, scratch, lead):
 
 
 @inline
-def gather_block(x, weight, counts, points, first, last, rest, strip, group, C, S, fold, scratch, partial, block):
-    """Moments of rows first..last of a strip, and of the `rest` columns of row `last`, as block `block` of partial."""
-    c0, channels, column, width = strip_of(strip, group, C, S, fold)
+def gather_block(x, weight, block_weights, shift_places, first, last, tail_columns, strip, shape, scratch, partial, block):
+    """Moments of rows first..last of a strip, and of the `tail_columns` columns of row `last`, as block `block` of partial."""
+    S = shape.S
+    c0, channels, column, width = strip_of(strip, shape)
     shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
-    count = count_of(counts, block, (last - first) * S * fold + rest // C)
+    count = weight_of_block(block_weights, block, (last - first) * shape.S * shape.folded + tail_columns // shape.C)
     for c in range(c0, c0 + channels):
-        partial[c, block, 0], partial[c, block, 3] = count, shift_of_channel(x, c, points)
-    lead = rows_ahead(x, width)
+        partial[c, block, 0], partial[c, block, 3] = count, shift_of_channel(x, c, shift_places)
+    distance = prefetch_distance(x, width)
     for attempt in range(2):
         for c in range(channels):
             put(sums, c, partial[c0 + c, block, 3])
-        expand(shifts, sums, channels, S, width)
+        spread_to_columns(shifts, sums, channels, S, width)
         clear(sums, width)
         clear(squares, width)
-        r, end = first, last + (rest > 0)
+        r, end = first, last + (tail_columns > 0)
         while r < end:
             stop = next_tile(r, last)
-            here = rest if r == last else width
-            gather_tile(x, weight, r, stop, column, here, S, scratch, lead_at(x, width, stop, last, lead))
+            here = tail_columns if r == last else width
+            gather_tile(x, weight, r, stop, column, here, S, scratch, prefetch_distance_at(x, width, stop, last, distance))
             r = stop
-        collapse(sums, channels, S, width)
-        collapse(squares, channels, S, width)
+        sum_over_columns(sums, channels, S, width)
+        sum_over_columns(squares, channels, S, width)
         off = 0
         for c in range(channels):
             d, m2 = moments_of_sums(get(sums, c), get(squares, c), count)
             partial[c0 + c, block, 1], partial[c0 + c, block, 2] = d, m2
-            if attempt == 0 and off_centre(x, count, d, m2):
+            if attempt == 0 and shift_is_far(x, count, d, m2):
                 partial[c0 + c, block, 3] += d
                 off += 1
         if off == 0:
             break
 
 
-def stats_columns(thread, first, last, x, weight, counts, R, rest, C, S, fold, partial, points, scratch, group, rows_a_block):
+def stats_columns(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
     """Moments of tasks first..last; task = block * strips + strip. A row of partial is (count, mean - shift, M2, shift)."""
-    strips = (C + group - 1) // group
+    x, _, _, weight, block_weights, _ = data
+    R, block, shift_places = shape.rows, shape.block, numbers.shift_places
+    strips = strips_of(shape)
     blocks = partial.shape[1]
     for task in range(first, last):
         b, strip = task // strips, task % strips
-        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-        more = rest if b == blocks - 1 else 0
-        gather_block(x, weight, counts, points, r0, r1, more, strip, group, C, S, fold, scratch[thread], partial, b)
+        r0, r1 = b * block, min((b + 1) * block, R)
+        more = shape.tail_columns if b == blocks - 1 else 0
+        gather_block(x, weight, block_weights, shift_places, r0, r1, more, strip, shape, scratch[thread], partial, b)
     return 0
 
 
@@ -144,129 +159,134 @@ def stats_columns(thread, first, last, x, weight, counts, R, rest, C, S, fold, p
 
 
 @inline
-def takes_strip(table, first, channels, wide):
+def strip_is_written(table, first, channels, lanes64, leftovers):
     """Whether a kernel is to normalise the strip: float32 lanes only where all of its channels fit them."""
     fit = True
     for c in range(first, first + channels):
-        fit = fit and takes(table, c, None)
-    if wide is None:
+        fit = fit and is_written(table, c, None, None)
+    if lanes64 is None:
         return fit
-    return wide or not fit
+    return leftovers is None or not fit
 
 
 @inline
-def expand_constants(table, scratch, first, channels, S, width, wide):
+def spread_constants(table, scratch, first, channels, S, width, lanes64):
     """Mean, its second word (float64 lanes only), scale and bias by column, for the channels from `first` on."""
-    # min: did LLVM know the number, it would unroll the loop and compile all of `expand` four times.
+    # min: did LLVM know the number, it would unroll the loop and compile all of `spread_to_columns` four times.
     for k in range(min(4, table.shape[0])):  # MEAN, LOW, SCALE, BETA
-        values = moved(vectors(table, ANCHOR if wide is None and k == MEAN_ROW else MEAN + k), first)
-        if wide is None and k == BIAS_ROW:
+        values = moved(vectors(table, ANCHOR if lanes64 is None and k == MEAN_ROW else MEAN + k), first)
+        if lanes64 is None and k == BIAS_ROW:
             means, anchors = moved(vectors(table, MEAN), first), moved(vectors(table, ANCHOR), first)
             scales, betas = moved(vectors(table, SCALE), first), values
             values = vectors(scratch, TEMPORARY_ROW)
             for c in range(0, channels, LANES):
                 n = min(LANES, channels - c)
-                mean, anchor, scale = load_some(means, c, n), load_some(anchors, c, n), load_some(scales, c, n)
-                store(values, c, bias(load_some(betas, c, n), mean, anchor, scale, wide))
-        if wide is not None or k != LOW_ROW:
-            expand(constant_row(scratch, k, wide), values, channels, S, width)
+                mean, anchor, scale = load_masked(means, c, n), load_masked(anchors, c, n), load_masked(scales, c, n)
+                store(values, c, bias(load_masked(betas, c, n), mean, anchor, scale, lanes64))
+        if lanes64 is not None or k != LOW_ROW:
+            spread_to_columns(constant_row(scratch, k, lanes64), values, channels, S, width)
 
 
 @inline
-def constant_row(scratch, k, wide):
-    """Row k of what `expand_constants` wrote."""
-    return lanes_memory(vectors(scratch, k), wide)
+def constant_row(scratch, k, lanes64):
+    """Row k of what `spread_constants` wrote."""
+    return lanes_memory(vectors(scratch, k), lanes64)
 
 
 @inline
-def constants_at(rows, j, wide):
+def constants_at(rows, j, lanes64):
     """The constants of columns j..j+16."""
     means, lows, scales, biases = rows
-    return read(means, j, wide), read(lows, j, wide), read(scales, j, wide), read(biases, j, wide)
+    return read(means, j, lanes64), read(lows, j, lanes64), read(scales, j, lanes64), read(biases, j, lanes64)
 
 
 @inline
-def normalise_row(xp, yp, rp, mp, relu, wide, head, width, rows, streamed, x_ahead, r_ahead):
+def normalise_row(xp, yp, rp, mp, relu, lanes64, head, width, rows, streamed, x_ahead, r_ahead):
     """One row of a strip; the first `head` columns come before the boundary that streaming needs."""
-    carry = 0
+    pending_bits = 0
     j = 0
     if head > 0:
-        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, head, constants_at(rows, j, wide), carry)
+        pending_bits = normalise_masked(xp, yp, rp, mp, relu, lanes64, j, head, constants_at(rows, j, lanes64), pending_bits)
         j += head
     while j + LANES <= width:
         prefetch(x_ahead, j)
         prefetch_once(r_ahead, j)
-        carry = normalise(xp, yp, rp, mp, relu, wide, j, constants_at(rows, j, wide), streamed, carry)
+        pending_bits = normalise(xp, yp, rp, mp, relu, lanes64, j, constants_at(rows, j, lanes64), streamed, pending_bits)
         j += LANES
     if j < width:
-        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, width - j, constants_at(rows, j, wide), carry)
-    flush_bits(mp, carry, width)
+        pending_bits = normalise_masked(xp, yp, rp, mp, relu, lanes64, j, width - j, constants_at(rows, j, lanes64), pending_bits)
+    flush_bits(mp, pending_bits, width)
 
 
 @inline
-def normalise_rows(x, y, residual, mask, relu, wide, first, last, rest, column, width, scratch, streamed, cached):
-    """Rows first..last of a strip, and the `rest` columns of row `last`. Where the strip's x is `cached`, the next strip's is prefetched.
+def normalise_rows(x, y, residual, mask, relu, lanes64, first, last, tail_columns, column, width, scratch, streamed, cached):
+    """Rows first..last of a strip, and the `tail_columns` columns of row `last`.
+
+    Where the strip's x is `cached`, the next strip's is prefetched.
 
     Row after row, as memory lies: two rows or eight side by side, whose constants would be loaded once for all, write lines of one
     memory channel in a row, which takes 1.25 times as long as a copy where this takes 1.08.
     """
     boundary = min(lanes_to_boundary(row(y, first, column)), width) if streamed else 0
-    means, lows = constant_row(scratch, MEAN_ROW, wide), constant_row(scratch, LOW_ROW, wide)
-    rows = (means, lows, constant_row(scratch, SCALE_ROW, wide), constant_row(scratch, BIAS_ROW, wide))
-    for r in range(first, last + (rest > 0)):
-        here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
+    means, lows = constant_row(scratch, MEAN_ROW, lanes64), constant_row(scratch, LOW_ROW, lanes64)
+    rows = (means, lows, constant_row(scratch, SCALE_ROW, lanes64), constant_row(scratch, BIAS_ROW, lanes64))
+    for r in range(first, last + (tail_columns > 0)):
+        here, head, around = (tail_columns, 0, False) if r == last else (width, boundary, streamed)
         xp, yp, rp, mp = row(x, r, column), row(y, r, column), row(residual, r, column), row(mask, r, column >> 4)
-        x_ahead, r_ahead = ahead_of(x, r, column, width, cached), ahead_of(residual, r, column, width, False)
-        normalise_row(xp, yp, rp, mp, relu, wide, head, here, rows, around, x_ahead, r_ahead)
+        x_ahead, r_ahead = prefetch_row(x, r, column, width, cached), prefetch_row(residual, r, column, width, False)
+        normalise_row(xp, yp, rp, mp, relu, lanes64, head, here, rows, around, x_ahead, r_ahead)
 
 
-def normalise_columns(
-    thread, first, last, x, y, residual, mask, relu, wide, R, rest, C, S, fold, table, scratch, group, rows_a_part, streamed,
-):  # fmt: skip
+def normalise_columns(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
     """y from the rows MEAN, LOW, SCALE and BETA of the table; task = part * strips + strip.
 
     Parts are taken from the last row to the first: the statistics sweep left the last rows in the cache.
     """
-    strips = (C + group - 1) // group
-    parts = max(1, (R + rows_a_part - 1) // rows_a_part)
+    x, y, residual, _, _, mask = data
+    relu, lanes64, leftovers = options
+    R, S, part_rows, streamed = shape.rows, shape.S, shape.part, numbers.streamed
+    strips = strips_of(shape)
+    parts = max(1, (R + part_rows - 1) // part_rows)
     mine = scratch[thread]
     spread = -1  # the strip whose constants are there
     for task in range(first, last):
         part, strip = parts - 1 - task // strips, task % strips
-        r0, r1 = part * rows_a_part, min((part + 1) * rows_a_part, R)
-        more = rest if part == parts - 1 else 0
-        c0, channels, column, width = strip_of(strip, group, C, S, fold)
-        if takes_strip(table, c0, channels, wide):
+        r0, r1 = part * part_rows, min((part + 1) * part_rows, R)
+        more = shape.tail_columns if part == parts - 1 else 0
+        c0, channels_here, column, width = strip_of(strip, shape)
+        if strip_is_written(table, c0, channels_here, lanes64, leftovers):
             if strip != spread:
-                expand_constants(table, mine, c0, channels, S, width, wide)
+                spread_constants(table, mine, c0, channels_here, S, width, lanes64)
                 spread = strip
-            normalise_rows(x, y, residual, mask, relu, wide, r0, r1, more, column, width, mine, streamed, False)
+            normalise_rows(x, y, residual, mask, relu, lanes64, r0, r1, more, column, width, mine, streamed, False)
     if streamed:
         fence()
     return 0
 
 
-def forward_columns(
-    thread, first, last, x, y, residual, weight, counts, mask, relu, wide, R, rest, C, S, fold, table, eps, partial, points,
-    scratch, group, rows_a_block, streamed,
-):  # fmt: skip
+def forward_columns(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
     """Training forward of strips first..last: moments from memory, then y out of the cache.
 
     How many channels do not fit float32 lanes: if that is what their strip was normalised in, its y is to be written again.
     """
+    x, y, residual, weight, block_weights, mask = data
+    relu, lanes64, _ = options
+    R, S, tail_columns, block = shape.rows, shape.S, shape.tail_columns, shape.block
+    shift_places, streamed = numbers.shift_places, numbers.streamed
     mine = scratch[thread]
-    unfit = 0
+    left_out = 0
     for strip in range(first, last):
         for b in range(partial.shape[1]):
-            r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-            more = rest if b == partial.shape[1] - 1 else 0
-            gather_block(x, weight, counts, points, r0, r1, more, strip, group, C, S, fold, mine, partial, b)
-        c0, channels, column, width = strip_of(strip, group, C, S, fold)
-        for c in range(c0, c0 + channels):
-            unfit += finish_blocks(table, partial, c, eps)
-        expand_constants(table, mine, c0, channels, S, width, wide)
+            r0, r1 = b * block, min((b + 1) * block, R)
+            more = tail_columns if b == partial.shape[1] - 1 else 0
+            gather_block(x, weight, block_weights, shift_places, r0, r1, more, strip, shape, mine, partial, b)
+        c0, channels_here, column, width = strip_of(strip, shape)
+        for c in range(c0, c0 + channels_here):
+            open_column(table, channels, c)
+            left_out += finish_blocks(table, partial, c, numbers.eps)
+        spread_constants(table, mine, c0, channels_here, S, width, lanes64)
         # While y is streamed out, the next strip is prefetched: reads and writes overlap as in a copy.
-        normalise_rows(x, y, residual, mask, relu, wide, 0, R, rest, column, width, mine, streamed, True)
+        normalise_rows(x, y, residual, mask, relu, lanes64, 0, R, tail_columns, column, width, mine, streamed, True)
     if streamed:
         fence()
-    return unfit
+    return found(left_out, lanes64)

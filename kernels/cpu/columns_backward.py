@@ -6,41 +6,42 @@ sweep everything once each; `backward_columns` takes short planes, or few rows, 
 
 from fastbn.kernels.cpu.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
 from fastbn.kernels.cpu.columns import constant_row
-from fastbn.kernels.cpu.gradients import add_products, apply, apply_some, close_part, gradient, gradient_some, open_part
+from fastbn.kernels.cpu.gradients import add_products, apply, apply_masked, close_sums, gradient, gradient_masked, open_sums
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd import (
     LANES,
-    centre,
+    constant_term,
+    deviation,
     fence,
+    first_lanes,
     get,
-    joined,
-    keep,
+    lanes64_unless,
     lanes_to_boundary,
     load,
     load_like,
-    load_some,
-    load_some_like,
+    load_masked,
+    load_masked_like,
     moved,
+    needs_two_words,
     prefetch,
     read,
     rounded,
     row,
     store,
-    two_words,
     vectors,
-    wide_unless,
 )
 from fastbn.kernels.cpu.strips import (
-    ahead_of,
     clear,
-    collapse,
-    collapse_largest,
-    expand,
-    lead_at,
+    largest_over_columns,
     next_position,
     next_tile,
-    rows_ahead,
+    prefetch_distance,
+    prefetch_distance_at,
+    prefetch_row,
+    spread_to_columns,
     strip_of,
+    strips_of,
+    sum_over_columns,
     weight_vector,
 )
 
@@ -58,75 +59,77 @@ def mask_row(mask, r, column):
 
 
 @inline
-def reduce_tile(x, dy, weight, mask, brief, first, last, column, width, scratch, lead):
-    """Add rows first..last of a strip, TILE at most, to its sums; prefetch `lead` values on."""
-    lanes = wide_unless(brief)
+def reduce_tile(x, dy, weight, mask, lanes32, first, last, column, width, scratch, distance):
+    """Add rows first..last of a strip, TILE at most, to its sums; prefetch `distance` values on."""
+    lanes = lanes64_unless(lanes32)
     means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
     sums, products = vectors(scratch, DY_ROW), vectors(scratch, DY_XMU_ROW)
     most = constant_row(scratch, LARGEST_ROW, lanes)
     for j in range(0, width, LANES):
         mean, low = rounded(load(means, j), lanes), rounded(load(lows, j), lanes)
         total = (load(sums, j), load(products, j), read(most, j, lanes))
-        acc = open_part(total, mean)
+        acc = open_sums(total, mean)
         if j + LANES <= width:
             for r in range(first, last):
                 xp, dyp = row(x, r, column), row(dy, r, column)
-                prefetch(xp, j + lead)
-                prefetch(dyp, j + lead)
+                prefetch(xp, j + distance)
+                prefetch(dyp, j + distance)
                 g = gradient(dyp, mask_row(mask, r, column), j, mean)
-                acc = add_products(acc, g, centre(xp, load_like(xp, j, mean), mean, low), weight)
+                acc = add_products(acc, g, deviation(xp, load_like(xp, j, mean), mean, low), weight)
         else:
             n = width - j
             for r in range(first, last):
                 xp = row(x, r, column)
-                g = gradient_some(row(dy, r, column), mask_row(mask, r, column), j, n, mean)
-                acc = add_products(acc, g, keep(centre(xp, load_some_like(xp, j, n, mean), mean, low), n), weight)
-        total = close_part(total, acc)
+                g = gradient_masked(row(dy, r, column), mask_row(mask, r, column), j, n, mean)
+                acc = add_products(acc, g, first_lanes(deviation(xp, load_masked_like(xp, j, n, mean), mean, low), n), weight)
+        total = close_sums(total, acc)
         store(sums, j, total[0])
         store(products, j, total[1])
-        if brief is not None:
+        if lanes32 is not None:
             store(most, j, total[2])
 
 
 @inline
-def reduce_block(x, dy, weight, mask, brief, first, last, rest, strip, group, C, S, fold, table, scratch, partial, block):
-    """Both sums, and the largest g, of rows first..last of a strip and the `rest` columns of row `last`, as block `block` of partial."""
-    c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    for k in range(2 if two_words(x) else 1):  # MEAN, LOW
-        expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
+def reduce_block(x, dy, weight, mask, lanes32, first, last, tail_columns, strip, shape, table, scratch, partial, block):
+    """Both sums, and the largest g, of rows first..last of a strip and the `tail_columns` columns of row `last`, as a block of partial."""
+    S = shape.S
+    c0, channels, column, width = strip_of(strip, shape)
+    for k in range(2 if needs_two_words(x) else 1):  # MEAN, LOW
+        spread_to_columns(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
     clear(vectors(scratch, DY_ROW), width)
     clear(vectors(scratch, DY_XMU_ROW), width)
-    most = constant_row(scratch, LARGEST_ROW, wide_unless(brief))
-    if brief is not None:
+    most = constant_row(scratch, LARGEST_ROW, lanes64_unless(lanes32))
+    if lanes32 is not None:
         clear(most, width)
-    lead = rows_ahead(x, width)
-    r, end = first, last + (rest > 0)
+    distance = prefetch_distance(x, width)
+    r, end = first, last + (tail_columns > 0)
     while r < end:
         stop = next_tile(r, last)
-        here = rest if r == last else width
-        reduce_tile(x, dy, weight, mask, brief, r, stop, column, here, scratch, lead_at(x, width, stop, last, lead))
+        here = tail_columns if r == last else width
+        reduce_tile(x, dy, weight, mask, lanes32, r, stop, column, here, scratch, prefetch_distance_at(x, width, stop, last, distance))
         r = stop
-    collapse(vectors(scratch, DY_ROW), channels, S, width)
-    collapse(vectors(scratch, DY_XMU_ROW), channels, S, width)
-    if brief is not None:
-        collapse_largest(most, channels, S, width)
+    sum_over_columns(vectors(scratch, DY_ROW), channels, S, width)
+    sum_over_columns(vectors(scratch, DY_XMU_ROW), channels, S, width)
+    if lanes32 is not None:
+        largest_over_columns(most, channels, S, width)
     for c in range(channels):
         partial[c0 + c, block, 0] = get(vectors(scratch, DY_ROW), c)
         partial[c0 + c, block, 1] = get(vectors(scratch, DY_XMU_ROW), c)
-        partial[c0 + c, block, 2] = 0.0 if brief is None else get(most, c)
+        partial[c0 + c, block, 2] = 0.0 if lanes32 is None else get(most, c)
 
 
-def reduce_columns(
-    thread, first, last, x, dy, weight, mask, brief, R, rest, C, S, fold, table, partial, scratch, group, rows_a_block,
-):  # fmt: skip
+def reduce_columns(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
     """Both sums of tasks first..last, and the largest g, into a row of partial; task = block * strips + strip."""
-    strips = (C + group - 1) // group
+    x, dy, _, _, weight, mask = gradients
+    _, lanes32 = options
+    R, block = shape.rows, shape.block
+    strips = strips_of(shape)
     blocks = partial.shape[1]
     for task in range(first, last):
         b, strip = task // strips, task % strips
-        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-        more = rest if b == blocks - 1 else 0
-        reduce_block(x, dy, weight, mask, brief, r0, r1, more, strip, group, C, S, fold, table, scratch[thread], partial, b)
+        r0, r1 = b * block, min((b + 1) * block, R)
+        more = shape.tail_columns if b == blocks - 1 else 0
+        reduce_block(x, dy, weight, mask, lanes32, r0, r1, more, strip, shape, table, scratch[thread], partial, b)
     return 0
 
 
@@ -134,14 +137,14 @@ def reduce_columns(
 
 
 @inline
-def expand_coefficients(x, table, grads, scratch, first, channels, S, width, brief):
-    """The numbers of `slope` by column, for the channels from `first` on; means only where x needs them, as `apart` says."""
-    lanes = wide_unless(brief)
+def spread_coefficients(x, table, grads, scratch, first, channels, S, width, lanes32):
+    """The numbers of `slope` by column, for the channels from `first` on; means only where x needs them, as `deviation_if_float64` says."""
+    lanes = lanes64_unless(lanes32)
     means = moved(vectors(table, MEAN), first)
-    if brief is not None:
-        expand(constant_row(scratch, MEAN_ROW, lanes), means, channels, S, width)
-    for k in range(2 if two_words(x) else 0):  # MEAN, LOW
-        expand(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
+    if lanes32 is not None:
+        spread_to_columns(constant_row(scratch, MEAN_ROW, lanes), means, channels, S, width)
+    for k in range(2 if needs_two_words(x) else 0):  # MEAN, LOW
+        spread_to_columns(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), first), channels, S, width)
     for k in range(min(3, grads.shape[0])):  # not unrolled, as in `expand_constants`: COEF_A, COEF_B, COEF_C
         values = moved(vectors(grads, COEF_A + k), first)
         if A_ROW + k == C_ROW:
@@ -149,9 +152,9 @@ def expand_coefficients(x, table, grads, scratch, first, channels, S, width, bri
             values = vectors(scratch, TEMPORARY_ROW)
             for c in range(0, channels, LANES):
                 n = min(LANES, channels - c)
-                constant, b, mean = load_some(constants, c, n), load_some(slopes, c, n), load_some(means, c, n)
-                store(values, c, joined(row(x, 0, 0), constant, b, mean, brief))
-        expand(constant_row(scratch, A_ROW + k, lanes), values, channels, S, width)
+                constant, b, mean = load_masked(constants, c, n), load_masked(slopes, c, n), load_masked(means, c, n)
+                store(values, c, constant_term(row(x, 0, 0), constant, b, mean, lanes32))
+        spread_to_columns(constant_row(scratch, A_ROW + k, lanes), values, channels, S, width)
 
 
 @inline
@@ -166,7 +169,7 @@ def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, lanes, head, width, S, r
     """Row r of a strip; the first `head` columns come before the boundary that streaming needs."""
     j = position = 0
     if head > 0:
-        apply_some(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, head, coefficients_at(rows, j, lanes))
+        apply_masked(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, head, coefficients_at(rows, j, lanes))
         j = head
         position = next_position(weight, position, head, S)
     while j + LANES <= width:
@@ -176,87 +179,97 @@ def apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, lanes, head, width, S, r
         j += LANES
         position = next_position(weight, position, LANES, S)
     if j < width:
-        apply_some(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, width - j, coefficients_at(rows, j, lanes))
+        apply_masked(xp, dyp, dxp, drp, mp, weight_vector(weight, r, position), frozen, j, width - j, coefficients_at(rows, j, lanes))
 
 
 @inline
-def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, brief, first, last, rest, column, width, S, scratch, streamed, cached):
-    """Rows first..last of a strip, and the `rest` columns of row `last`, as memory lies; `cached` as in `normalise_rows`."""
+def apply_rows(x, dy, dx, dresidual, weight, mask, frozen, lanes32, first, last, tail_columns, column, width, S, scratch, streamed, cached):
+    """Rows first..last of a strip, and the `tail_columns` columns of row `last`, as memory lies; `cached` as in `normalise_rows`."""
     boundary = min(lanes_to_boundary(row(dx, first, column)), width) if streamed else 0
-    lanes = wide_unless(brief)
+    lanes = lanes64_unless(lanes32)
     means, lows = constant_row(scratch, MEAN_ROW, lanes), constant_row(scratch, LOW_ROW, lanes)
     rows = (means, lows, constant_row(scratch, A_ROW, lanes), constant_row(scratch, B_ROW, lanes), constant_row(scratch, C_ROW, lanes))
-    for r in range(first, last + (rest > 0)):
-        here, head, around = (rest, 0, False) if r == last else (width, boundary, streamed)
+    for r in range(first, last + (tail_columns > 0)):
+        here, head, around = (tail_columns, 0, False) if r == last else (width, boundary, streamed)
         xp, dyp, dxp, drp = row(x, r, column), row(dy, r, column), row(dx, r, column), row(dresidual, r, column)
-        x_ahead, dy_ahead = ahead_of(x, r, column, width, cached), ahead_of(dy, r, column, width, cached)
+        x_ahead, dy_ahead = prefetch_row(x, r, column, width, cached), prefetch_row(dy, r, column, width, cached)
         mp = mask_row(mask, r, column)
         apply_row(xp, dyp, dxp, drp, mp, weight, r, frozen, lanes, head, here, S, rows, around, x_ahead, dy_ahead)
 
 
-def apply_columns(
-    thread, first, last, x, dy, dx, dresidual, weight, mask, frozen, brief, R, rest, C, S, fold, table, grads, scratch, group,
-    rows_a_part, streamed,
-):  # fmt: skip
+def apply_columns(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
     """dx and dresidual from the rows COEF_A to COEF_C of grads; parts from the last row to the first, as in the forward."""
-    strips = (C + group - 1) // group
-    parts = max(1, (R + rows_a_part - 1) // rows_a_part)
+    x, dy, dx, dresidual, weight, mask = gradients
+    frozen, lanes32 = options
+    R, S, part_rows, streamed = shape.rows, shape.S, shape.part, numbers.streamed
+    strips = strips_of(shape)
+    parts = max(1, (R + part_rows - 1) // part_rows)
     mine = scratch[thread]
     spread = -1  # the strip whose coefficients are there
     for task in range(first, last):
         part, strip = parts - 1 - task // strips, task % strips
-        r0, r1 = part * rows_a_part, min((part + 1) * rows_a_part, R)
-        more = rest if part == parts - 1 else 0
-        c0, channels, column, width = strip_of(strip, group, C, S, fold)
+        r0, r1 = part * part_rows, min((part + 1) * part_rows, R)
+        more = shape.tail_columns if part == parts - 1 else 0
+        c0, channels, column, width = strip_of(strip, shape)
         if strip != spread:
-            expand_coefficients(x, table, grads, mine, c0, channels, S, width, brief)
+            spread_coefficients(x, table, grads, mine, c0, channels, S, width, lanes32)
             spread = strip
-        apply_rows(x, dy, dx, dresidual, weight, mask, frozen, brief, r0, r1, more, column, width, S, mine, streamed, False)
+        apply_rows(x, dy, dx, dresidual, weight, mask, frozen, lanes32, r0, r1, more, column, width, S, mine, streamed, False)
     if streamed:
         fence()
     return 0
 
 
 @inline
-def reduce_strip(x, dy, weight, mask, brief, R, rest, strip, group, C, S, fold, table, grads, count, partial, scratch, rows_a_block):
-    """From the sums of a strip to its coefficients; how many of its channels do not suit brief sums."""
-    for b in range(partial.shape[1]):
-        r0, r1 = b * rows_a_block, min((b + 1) * rows_a_block, R)
-        more = rest if b == partial.shape[1] - 1 else 0
-        reduce_block(x, dy, weight, mask, brief, r0, r1, more, strip, group, C, S, fold, table, scratch, partial, b)
-    c0, channels, _, _ = strip_of(strip, group, C, S, fold)
-    unfit = 0
-    for c in range(c0, c0 + channels):
-        unfit += finish_blocks_backward(table, grads, partial, c, count, False, brief)
-    return unfit
+def reduce_strip(gradients, channels, lanes32, strip, shape, table, grads, count, partial, scratch):
+    """From the sums of a strip to its coefficients; how many of its channels do not suit float32 sums."""
+    x, dy, _, _, weight, mask = gradients
+    R, block, blocks = shape.rows, shape.block, partial.shape[1]
+    for b in range(blocks):
+        r0, r1 = b * block, min((b + 1) * block, R)
+        more = shape.tail_columns if b == blocks - 1 else 0
+        reduce_block(x, dy, weight, mask, lanes32, r0, r1, more, strip, shape, table, scratch, partial, b)
+    c0, channels_here, _, _ = strip_of(strip, shape)
+    left_out = 0
+    for c in range(c0, c0 + channels_here):
+        left_out += finish_blocks_backward(table, grads, channels, partial, c, count, False, lanes32)
+    return left_out
 
 
 @inline
-def apply_strip(x, dy, dx, dresidual, weight, mask, brief, R, rest, strip, group, C, S, fold, table, grads, scratch, streamed):
+def apply_strip(gradients, lanes32, strip, shape, table, grads, scratch, streamed):
     """dx of a strip out of the cache. While it is streamed out, the next strip is prefetched."""
-    c0, channels, column, width = strip_of(strip, group, C, S, fold)
-    expand_coefficients(x, table, grads, scratch, c0, channels, S, width, brief)
-    apply_rows(x, dy, dx, dresidual, weight, mask, None, brief, 0, R, rest, column, width, S, scratch, streamed, True)
+    x, dy, dx, dresidual, weight, mask = gradients
+    R, S, tail = shape.rows, shape.S, shape.tail_columns
+    c0, channels, column, width = strip_of(strip, shape)
+    spread_coefficients(x, table, grads, scratch, c0, channels, S, width, lanes32)
+    apply_rows(x, dy, dx, dresidual, weight, mask, None, lanes32, 0, R, tail, column, width, S, scratch, streamed, True)
 
 
-def backward_columns(
-    thread, first, last, x, dy, dx, dresidual, weight, mask, brief, R, rest, C, S, fold, table, grads, count, partial, scratch,
-    group, rows_a_block, streamed,
-):  # fmt: skip
+@inline
+def strip_again(gradients, channels, left_out, strip, shape, table, grads, count, partial, scratch, streamed, lanes32):
+    """Sums and dx of a strip in float64 lanes, where float32 sums do not suit it; whether that was so.
+
+    A helper, as Numba drops the branches of an argument that is None, not those of a part of an argument.
+    """
+    if lanes32 is not None:  # noqa: SIM102
+        if left_out:
+            reduce_strip(gradients, channels, None, strip, shape, table, grads, count, partial, scratch)
+            apply_strip(gradients, None, strip, shape, table, grads, scratch, streamed)
+            return True
+    return False
+
+
+def backward_columns(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
     """Training backward of strips first..last: sums from memory, then dx out of the cache.
 
-    A strip with a channel that does not suit brief sums is reduced again, and written, in float64 lanes.
+    A strip with a channel that does not suit float32 sums is reduced again, and written, in float64 lanes.
     """
-    mine = scratch[thread]
+    lanes32, streamed, own = options.lanes32, numbers.streamed, scratch[thread]
     for strip in range(first, last):
-        sums = (table, grads, count, partial, mine, rows_a_block)
-        unfit = reduce_strip(x, dy, weight, mask, brief, R, rest, strip, group, C, S, fold, *sums)
-        if brief is not None:  # noqa: SIM102  (by itself, so that Numba drops what follows where it is None)
-            if unfit:
-                reduce_strip(x, dy, weight, mask, None, R, rest, strip, group, C, S, fold, *sums)
-                apply_strip(x, dy, dx, dresidual, weight, mask, None, R, rest, strip, group, C, S, fold, table, grads, mine, streamed)
-                continue
-        apply_strip(x, dy, dx, dresidual, weight, mask, brief, R, rest, strip, group, C, S, fold, table, grads, mine, streamed)
+        left_out = reduce_strip(gradients, channels, lanes32, strip, shape, table, grads, numbers.count, partial, own)
+        if not strip_again(gradients, channels, left_out, strip, shape, table, grads, numbers.count, partial, own, streamed, lanes32):
+            apply_strip(gradients, lanes32, strip, shape, table, grads, own, streamed)
     if streamed:
         fence()
     return 0

@@ -5,42 +5,42 @@ Like `sums.py` for the forward. Formulas and kinds of lanes are those of planes_
 
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd import (
-    apart,
     bits_above_zero,
+    deviation_if_float64,
+    float32_sum,
+    float64_sum,
     get_bits,
     largest,
     load_like,
-    load_some_like,
-    only,
-    part_of,
+    load_masked_like,
     store,
-    store_some,
+    store_masked,
     stream,
-    with_part,
+    where_bits,
 )
 
 
 @inline
-def open_part(sums, like):
+def open_sums(sums, like):
     """(sum of g, sum of g * (x - mean), largest g) to go on with in lanes of `like`'s kind."""
-    return part_of(sums[0], like), part_of(sums[1], like), sums[2]
+    return float32_sum(sums[0], like), float32_sum(sums[1], like), sums[2]
 
 
 @inline
-def close_part(sums, part):
+def close_sums(sums, part):
     """The sums with what the part has added."""
-    return with_part(sums[0], part[0]), with_part(sums[1], part[1]), part[2]
+    return float64_sum(sums[0], part[0]), float64_sum(sums[1], part[1]), part[2]
 
 
 @inline
 def gradient(dyp, mp, j, like):
     """g: what the ReLU lets through of dy[j:j+16], in lanes of `like`'s kind."""
-    return load_like(dyp, j, like) if mp is None else only(load_like(dyp, j, like), get_bits(mp, j))
+    return load_like(dyp, j, like) if mp is None else where_bits(load_like(dyp, j, like), get_bits(mp, j))
 
 
 @inline
-def gradient_some(dyp, mp, j, n, like):
-    return load_some_like(dyp, j, n, like) if mp is None else only(load_some_like(dyp, j, n, like), get_bits(mp, j))
+def gradient_masked(dyp, mp, j, n, like):
+    return load_masked_like(dyp, j, n, like) if mp is None else where_bits(load_masked_like(dyp, j, n, like), get_bits(mp, j))
 
 
 @inline
@@ -48,7 +48,7 @@ def add_products(part, g, xmu, weight):
     """Add to (sum of g, sum of g * (x - mean), largest g). Under weights a masked x may be NaN: it counts only where g does."""
     s, p, t = part
     if weight is not None:
-        xmu = only(xmu, bits_above_zero(g * g))
+        xmu = where_bits(xmu, bits_above_zero(g * g))
     return s + g, p + g * xmu, largest(t, g)
 
 
@@ -60,7 +60,7 @@ def slope(g, xmu, coefficients, w, frozen):
         return a * g
     statistics = b * xmu + c
     if w is not None:
-        statistics = w * only(statistics, bits_above_zero(w))
+        statistics = w * where_bits(statistics, bits_above_zero(w))
     return a * g + statistics
 
 
@@ -69,7 +69,7 @@ def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
     """dx[j:j+16], and dresidual where there is one; `streamed` only where both are equally aligned."""
     mean, low = coefficients[0], coefficients[1]
     g = gradient(dyp, mp, j, mean)
-    xmu = apart(xp, load_like(xp, j, mean), mean, low)
+    xmu = deviation_if_float64(xp, load_like(xp, j, mean), mean, low)
     v = slope(g, xmu, coefficients, w, frozen)
     if streamed:
         stream(dxp, j, v)
@@ -82,11 +82,11 @@ def apply(xp, dyp, dxp, drp, mp, w, frozen, j, coefficients, streamed):
 
 
 @inline
-def apply_some(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
+def apply_masked(xp, dyp, dxp, drp, mp, w, frozen, j, n, coefficients):
     mean, low = coefficients[0], coefficients[1]
-    g = gradient_some(dyp, mp, j, n, mean)
-    xmu = apart(xp, load_some_like(xp, j, n, mean), mean, low)
+    g = gradient_masked(dyp, mp, j, n, mean)
+    xmu = deviation_if_float64(xp, load_masked_like(xp, j, n, mean), mean, low)
     v = slope(g, xmu, coefficients, w, frozen)
-    store_some(dxp, j, v, n)
+    store_masked(dxp, j, v, n)
     if drp is not None:
-        store_some(drp, j, g, n)
+        store_masked(drp, j, g, n)

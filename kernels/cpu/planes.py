@@ -16,48 +16,62 @@ A tensor is a tuple (pointer, stride of n, stride of c), in elements. A `table` 
 arguments are None or present, and Numba compiles one variant for each choice: no branch is left in the loops.
 
 Moments are gathered around a shift K that is a value of the channel, so that nothing cancels, in float64; a block of about 65,000
-values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983). `counts` are the sums of the blocks' weights, which
-the host knows, or None. `wide` says in which lanes y is computed: None
-for float32, for those channels alone that fit; True for float64; False for float64, and for those channels alone that did not fit.
+values is summed, then merged with the blocks before it (Chan, Golub and LeVeque 1983).
+
+The option `lanes64` says in which lanes y is computed. None: in float32 lanes, for those channels alone that fit. True: in float64 lanes,
+for all channels, or with the option `leftovers` for those alone that do not fit.
 """
 
-from fastbn.kernels.cpu.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channel, off_centre, shift_of_channel, takes
+from fastbn.kernels.cpu.channels import (
+    ANCHOR,
+    BETA,
+    LOW,
+    MEAN,
+    SCALE,
+    finish_channel,
+    found,
+    is_written,
+    open_column,
+    shift_is_far,
+    shift_of_channel,
+)
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd import (
     LANES,
     bias,
     bits_above_zero,
-    centre,
+    deviation,
     fence,
-    keep,
     lanes_to_boundary,
-    load,
-    load_some,
     moved,
-    only,
     plane,
     prefetch,
     prefetch_once,
     put_bits,
     read,
-    read_some,
+    read_masked,
     rounded,
     splat,
     store,
-    store_some,
+    store_masked,
     stream,
+    where_bits,
 )
 from fastbn.kernels.cpu.sums import (
     AVERAGE,
     COUNT,
     M2,
     SHIFT,
-    add_value,
     block_moments,
-    close_block,
+    end_block,
+    gather,
+    gather_masked,
+    gather_plane,
+    gather_planes,
     load_sums,
     open_channel,
     save_sums,
+    weight_of_block,
 )
 
 # Values between a load and the prefetch of what comes, into the next run where this one ends: a plane of 12 KB is too short for the
@@ -65,129 +79,71 @@ from fastbn.kernels.cpu.sums import (
 PREFETCH = 2048
 
 
-# ---------------------------------------------------------------------------------------------------- moments of a plane
-
-
-@inline
-def gather(xp, wp, j, shift, sums):
-    e = load(xp, j) - shift
-    return add_value(sums, e, load(wp, j))
-
-
-@inline
-def gather_some(xp, wp, j, n, shift, sums):
-    e = keep(load_some(xp, j, n) - shift, n)
-    return add_value(sums, e, load_some(wp, j, n))
-
-
-@inline
-def gather_plane(xp, wp, start, stop, shift, sums):
-    """Sums of xp[start:stop] around shift."""
-    k = splat(shift)
-    j = start
-    while j + LANES <= stop:
-        sums = gather(xp, wp, j, k, sums)
-        j += LANES
-    if j < stop:
-        sums = gather_some(xp, wp, j, stop - j, k, sums)
-    return sums
-
-
-@inline
-def gather_planes(x, weight, c, n_first, n_last, start, stop, shift):
-    """Sums of start..stop of a channel's planes n_first..n_last around shift."""
-    zero = splat(0.0)
-    sums = (zero, zero)
-    for n in range(n_first, n_last):
-        sums = gather_plane(plane(x, n, c), plane(weight, n, 0), start, stop, shift, sums)
-    return sums
-
-
-@inline
-def count_of(counts, block, elements):
-    """The sum of a block's weights, or how many values it has."""
-    return float(elements) if counts is None else counts[block]
-
-
-@inline
-def end_block(x, weight, count, c, n_first, n_last, S, scratch, row):
-    """From the sums of the planes n_first..n_last of a channel to moments, which are merged with those of the blocks before."""
-    shift = scratch[row, SHIFT]
-    d, m2 = block_moments(load_sums(scratch, row), count)
-    if off_centre(x, count, d, m2):
-        centre = shift + d
-        d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, 0, S, centre), count)
-        if scratch[row, COUNT] == 0.0:
-            scratch[row, SHIFT] = centre
-        else:
-            d += centre - shift
-    close_block(scratch, row, count, d, m2)
-
-
 # ------------------------------------------------------------------------------------------------- output of a plane
 
 
 @inline
-def push_bits(mp, carry, j, bits, n):
+def push_bits(mp, pending_bits, j, bits, n):
     """Append n bits at position j of a plane's mask: a word is written when it is full, the rest is carried on."""
-    carry |= bits << (j & 15)
+    pending_bits |= bits << (j & 15)
     if (j & 15) + n >= LANES:
-        put_bits(mp, j >> 4, carry)
-        carry >>= LANES
-    return carry
+        put_bits(mp, j >> 4, pending_bits)
+        pending_bits >>= LANES
+    return pending_bits
 
 
 @inline
-def activate(v, relu, mp, carry, j, n):
+def activate(v, relu, mp, pending_bits, j, n):
     """ReLU that lets NaN through, and its mask where the backward needs one."""
     if relu is not None:
         bits = bits_above_zero(v)
-        v = only(v, bits)
+        v = where_bits(v, bits)
         if mp is not None:
             if n < LANES:
                 bits &= (1 << n) - 1
-            carry = push_bits(mp, carry, j, bits, n)
-    return v, carry
+            pending_bits = push_bits(mp, pending_bits, j, bits, n)
+    return v, pending_bits
 
 
 @inline
-def normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry):
+def normalise(xp, yp, rp, mp, relu, lanes64, j, channel, streamed, pending_bits):
     """y[j:j+16] = activation((x - mean) * scale + beta + residual)."""
     mean, low, scale, beta = channel
-    v = centre(xp, read(xp, j, wide), mean, low) * scale + beta
+    v = deviation(xp, read(xp, j, lanes64), mean, low) * scale + beta
     if rp is not None:
-        v += read(rp, j, wide)
-    v, carry = activate(v, relu, mp, carry, j, LANES)
+        v += read(rp, j, lanes64)
+    v, pending_bits = activate(v, relu, mp, pending_bits, j, LANES)
     if streamed:
         stream(yp, j, v)
     else:
         store(yp, j, v)
-    return carry
+    return pending_bits
 
 
 @inline
-def normalise_some(xp, yp, rp, mp, relu, wide, j, n, channel, carry):
+def normalise_masked(xp, yp, rp, mp, relu, lanes64, j, n, channel, pending_bits):
     mean, low, scale, beta = channel
-    v = centre(xp, read_some(xp, j, n, wide), mean, low) * scale + beta
+    v = deviation(xp, read_masked(xp, j, n, lanes64), mean, low) * scale + beta
     if rp is not None:
-        v += read_some(rp, j, n, wide)
-    v, carry = activate(v, relu, mp, carry, j, n)
-    store_some(yp, j, v, n)
-    return carry
+        v += read_masked(rp, j, n, lanes64)
+    v, pending_bits = activate(v, relu, mp, pending_bits, j, n)
+    store_masked(yp, j, v, n)
+    return pending_bits
 
 
 @inline
-def flush_bits(mp, carry, stop):
+def flush_bits(mp, pending_bits, stop):
     if mp is not None and stop & 15:
-        put_bits(mp, stop >> 4, carry)
+        put_bits(mp, stop >> 4, pending_bits)
 
 
 @inline
-def channel_vectors(table, c, wide):
-    """(mean, its second word, scale, bias) of a channel, in the lanes that `wide` stands for."""
+def channel_vectors(table, c, lanes64):
+    """(mean, its second word, scale, bias) of a channel, in the lanes that `lanes64` stands for."""
     mean, low, scale, beta = splat(table[MEAN, c]), splat(table[LOW, c]), splat(table[SCALE, c]), splat(table[BETA, c])
-    anchor = splat(table[ANCHOR if wide is None else MEAN, c])
-    return rounded(anchor, wide), rounded(low, wide), rounded(scale, wide), rounded(bias(beta, mean, anchor, scale, wide), wide)
+    anchor = splat(table[ANCHOR if lanes64 is None else MEAN, c])
+    constant = bias(beta, mean, anchor, scale, lanes64)
+    return rounded(anchor, lanes64), rounded(low, lanes64), rounded(scale, lanes64), rounded(constant, lanes64)
 
 
 @inline
@@ -197,84 +153,86 @@ def head_of(yp, start, stop, streamed):
 
 
 @inline
-def normalise_plane(xp, yp, rp, mp, relu, wide, start, stop, channel, streamed):
+def normalise_plane(xp, yp, rp, mp, relu, lanes64, start, stop, channel, streamed):
     """One plane, or the part start..stop of it (start a multiple of 16 where there is a mask)."""
-    carry = 0
+    pending_bits = 0
     j = start
     head = head_of(yp, start, stop, streamed)
     if head > 0:
-        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, head, channel, carry)
+        pending_bits = normalise_masked(xp, yp, rp, mp, relu, lanes64, j, head, channel, pending_bits)
         j += head
     while j + LANES <= stop:
-        carry = normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry)
+        pending_bits = normalise(xp, yp, rp, mp, relu, lanes64, j, channel, streamed, pending_bits)
         j += LANES
     if j < stop:
-        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, stop - j, channel, carry)
-    flush_bits(mp, carry, stop)
+        pending_bits = normalise_masked(xp, yp, rp, mp, relu, lanes64, j, stop - j, channel, pending_bits)
+    flush_bits(mp, pending_bits, stop)
 
 
 @inline
-def ahead_of_run(p, left, after):
+def prefetch_pointer(p, left, after):
     """What to prefetch at p, of which `left` values remain: PREFETCH values on, or in the next run. Of None: nothing."""
     return moved(p, PREFETCH) if left > PREFETCH else moved(after, PREFETCH - left)
 
 
 @inline
-def normalise_and_gather(xp, yp, rp, r_after, mp, relu, wide, channel, streamed, ahead, left, after, wp, shift, sums, S):
+def normalise_and_gather(xp, yp, rp, r_after, mp, relu, lanes64, channel, streamed, ahead, left, after, wp, shift, sums, S):
     """The fused sweep: y of the plane at xp, which is in the cache, and moments of the plane ahead, which is in memory."""
-    carry = 0
+    pending_bits = 0
     k = splat(shift)
     head = head_of(yp, 0, S, streamed)
     if head > 0:
-        carry = normalise_some(xp, yp, rp, mp, relu, wide, 0, head, channel, carry)
+        pending_bits = normalise_masked(xp, yp, rp, mp, relu, lanes64, 0, head, channel, pending_bits)
     i = 0
     j = head
-    x_ahead, r_ahead = ahead_of_run(ahead, left, after), ahead_of_run(rp, left, r_after)
+    x_ahead, r_ahead = prefetch_pointer(ahead, left, after), prefetch_pointer(rp, left, r_after)
     turn = left - PREFETCH if left > PREFETCH else S
     while j + LANES <= S:
         while j + LANES <= S and i < turn:  # until what is prefetched lies in the next run; a choice for each vector is slower
             prefetch(x_ahead, i)
             prefetch_once(r_ahead, i)
             sums = gather(ahead, wp, i, k, sums)
-            carry = normalise(xp, yp, rp, mp, relu, wide, j, channel, streamed, carry)
+            pending_bits = normalise(xp, yp, rp, mp, relu, lanes64, j, channel, streamed, pending_bits)
             i += LANES
             j += LANES
         x_ahead, r_ahead, turn = moved(after, PREFETCH - left), moved(r_after, PREFETCH - left), S
     if j < S:
-        carry = normalise_some(xp, yp, rp, mp, relu, wide, j, S - j, channel, carry)
-    flush_bits(mp, carry, S)
+        pending_bits = normalise_masked(xp, yp, rp, mp, relu, lanes64, j, S - j, channel, pending_bits)
+    flush_bits(mp, pending_bits, S)
     # The gathering loop starts at 0 whatever y's alignment: the bits of the sums depend on the shape alone.
     if i + LANES <= S:
         sums = gather(ahead, wp, i, k, sums)
         i += LANES
     if i < S:
-        sums = gather_some(ahead, wp, i, S - i, k, sums)
+        sums = gather_masked(ahead, wp, i, S - i, k, sums)
     return sums
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-def forward_planes(
-    thread, first, last, x, y, residual, weight, counts, mask, relu, wide, N, S, table, eps, points, scratch, group, planes_a_block,
-    streamed,
-):  # fmt: skip
+def forward_planes(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
     """Training forward of the channels first..last: y, and the rows MEAN to SCALE and ANCHOR of the table.
 
     The group of channels at hand is normalised while the next group is gathered; the first turn gathers only. How many channels do not
     fit float32 lanes: if that is what they were normalised in, their y is to be written again.
     """
+    x, y, residual, weight, block_weights, mask = data
+    relu, lanes64, _ = options
+    N, S, group, block = shape.N, shape.S, shape.group, shape.block
+    eps, shift_places, streamed = numbers.eps, numbers.shift_places, numbers.streamed
     scratch = scratch[thread]
-    unfit = 0
+    left_out = 0
     for start in range(first - group, last, group):
         stop = min(start + group, last)
         # from moments to the table
         for c in range(start, stop):
             row = c - start
             if c >= first:
-                unfit += finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
+                open_column(table, channels, c)
+                left_out += finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
             if c + group < last:
-                open_channel(scratch, row, shift_of_channel(x, c + group, points))
+                open_channel(scratch, row, shift_of_channel(x, c + group, shift_places))
         # y of this group, moments of the next
         for n in range(N):
             wp = plane(weight, n, 0)
@@ -286,59 +244,64 @@ def forward_planes(
                         left, after = (min(stop + group, last) - a) * S, plane(x, n + 1, start + group)
                         sums = normalise_and_gather(
                             plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(residual, n + 1, start), plane(mask, n, c),
-                            relu, wide, channel_vectors(table, c, wide), streamed, ahead, left, after, wp, shift, sums, S,
+                            relu, lanes64, channel_vectors(table, c, lanes64), streamed, ahead, left, after, wp, shift, sums, S,
                         )  # fmt: skip
                     else:
                         sums = gather_plane(ahead, wp, 0, S, shift, sums)
                     save_sums(scratch, row, sums)
-                    if (n + 1) % planes_a_block == 0 or n + 1 == N:
-                        begin = n // planes_a_block * planes_a_block
-                        count = count_of(counts, n // planes_a_block, (n + 1 - begin) * S)
+                    if (n + 1) % block == 0 or n + 1 == N:
+                        begin = n // block * block
+                        count = weight_of_block(block_weights, n // block, (n + 1 - begin) * S)
                         end_block(x, weight, count, a, begin, n + 1, S, scratch, row)
                 elif c >= first:
                     xp, yp, rp, mp = plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(mask, n, c)
-                    normalise_plane(xp, yp, rp, mp, relu, wide, 0, S, channel_vectors(table, c, wide), streamed)
+                    normalise_plane(xp, yp, rp, mp, relu, lanes64, 0, S, channel_vectors(table, c, lanes64), streamed)
     if streamed:
         fence()
-    return unfit
+    return found(left_out, lanes64)
 
 
-def stats_planes(thread, first, last, x, weight, counts, N, S, partial, points, planes_a_block, segment):
+def stats_planes(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
     """Moments of blocks first..last; block = channel * blocks + k. A row of partial is (count, mean - shift, M2, shift).
 
-    A block is `planes_a_block` whole planes, or, where a plane is longer than `segment`, one segment of a plane.
+    A block is `block` whole planes, or, where a plane is longer than `segment`, one segment of a plane.
     """
+    x, _, _, weight, block_weights, _ = data
+    N, S, block, segment, shift_places = shape.N, shape.S, shape.block, shape.segment, numbers.shift_places
     segments = (S + segment - 1) // segment
     blocks = partial.shape[1]
     for task in range(first, last):
         c, b = task // blocks, task % blocks
         start = (b % segments) * segment
         stop = min(start + segment, S)
-        n_first = b // segments * planes_a_block
-        n_last = min(n_first + planes_a_block, N)
-        count = count_of(counts, b, (n_last - n_first) * (stop - start))
-        shift = shift_of_channel(x, c, points)
+        n_first = b // segments * block
+        n_last = min(n_first + block, N)
+        count = weight_of_block(block_weights, b, (n_last - n_first) * (stop - start))
+        shift = shift_of_channel(x, c, shift_places)
         d, m2 = 0.0, 0.0
         for attempt in range(2):
             d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, start, stop, shift), count)
-            if attempt == 1 or not off_centre(x, count, d, m2):
+            if attempt == 1 or not shift_is_far(x, count, d, m2):
                 break
             shift += d
         partial[c, b, 0], partial[c, b, 1], partial[c, b, 2], partial[c, b, 3] = count, d, m2, shift
     return 0
 
 
-def normalise_planes(thread, first, last, x, y, residual, mask, relu, wide, C, S, table, segment, streamed):
+def normalise_planes(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
     """y from the rows MEAN, LOW, SCALE and BETA of the table, for segments first..last; segments are counted in memory order."""
+    x, y, residual, _, _, mask = data
+    relu, lanes64, leftovers = options
+    C, S, segment, streamed = shape.C, shape.S, shape.segment, numbers.streamed
     segments = (S + segment - 1) // segment
     for task in range(first, last):
         start = (task % segments) * segment
         stop = min(start + segment, S)
         c = task // segments % C
         n = task // segments // C
-        if takes(table, c, wide):
-            rp, mp = plane(residual, n, c), plane(mask, n, c)
-            normalise_plane(plane(x, n, c), plane(y, n, c), rp, mp, relu, wide, start, stop, channel_vectors(table, c, wide), streamed)
+        if is_written(table, c, lanes64, leftovers):
+            xp, yp, rp, mp = plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(mask, n, c)
+            normalise_plane(xp, yp, rp, mp, relu, lanes64, start, stop, channel_vectors(table, c, lanes64), streamed)
     if streamed:
         fence()
     return 0

@@ -9,16 +9,16 @@ from fastbn.kernels.cpu.simd import (
     largest,
     largest_lane,
     load,
-    load_some,
+    load_masked,
     moved,
     put,
-    read_some,
+    read_masked,
     rounded,
     row,
     row_stride,
     splat,
     store,
-    store_some,
+    store_masked,
     sum_lanes,
 )
 
@@ -30,11 +30,17 @@ AHEAD = 4096
 
 
 @inline
-def strip_of(strip, group, C, S, fold):
-    """First channel, number of channels, first column and width of a strip of `group` channels."""
-    first = strip * group
-    channels = min(group, C - first)
-    return first, channels, first * S, channels * S * fold
+def strips_of(shape):
+    """How many strips there are."""
+    return (shape.C + shape.group - 1) // shape.group
+
+
+@inline
+def strip_of(strip, shape):
+    """First channel, number of channels, first column and width of a strip."""
+    first = strip * shape.group
+    channels = min(shape.group, shape.C - first)
+    return first, channels, first * shape.S, channels * shape.S * shape.folded
 
 
 @inline
@@ -46,12 +52,12 @@ def spread(p, j, value, S):
 
 
 @inline
-def expand(p, values, channels, S, width):
+def spread_to_columns(p, values, channels, S, width):
     """p[j] = values[channel of column j]."""
     if S == 1:  # whole vectors at a time: at (64, 128) one by one took half of the call's time in kernels
         for start in range(0, width, channels):
             for c in range(0, channels, LANES):
-                store(p, start + c, load_some(values, c, min(channels - c, LANES)))
+                store(p, start + c, load_masked(values, c, min(channels - c, LANES)))
     else:
         for start in range(0, width, channels * S):
             for c in range(channels):
@@ -59,40 +65,40 @@ def expand(p, values, channels, S, width):
 
 
 @inline
-def collapse(p, channels, S, width):
+def sum_over_columns(p, channels, S, width):
     """p[c] = sum of p[j] over the columns of channel c, in an order that depends on the shape alone."""
     if S == 1:
         for c in range(0, channels, LANES):
             n = min(channels - c, LANES)
-            sums = load_some(p, c, n)
+            sums = load_masked(p, c, n)
             for start in range(channels, width, channels):
-                sums += load_some(p, start + c, n)
-            store_some(p, c, sums, n)
+                sums += load_masked(p, start + c, n)
+            store_masked(p, c, sums, n)
     else:
         for c in range(channels):
             sums = splat(0.0)
             for start in range(c * S, width, channels * S):
                 for s in range(0, S, LANES):
-                    sums += load_some(p, start + s, min(S - s, LANES))
+                    sums += load_masked(p, start + s, min(S - s, LANES))
             put(p, c, sum_lanes(sums))  # column c was read before, or is column c of this channel
 
 
 @inline
-def collapse_largest(p, channels, S, width):
+def largest_over_columns(p, channels, S, width):
     """p[c] = largest of p[j] over the columns of channel c; p holds magnitudes, in float32."""
     if S == 1:
         for c in range(0, channels, LANES):
             n = min(channels - c, LANES)
-            most = read_some(p, c, n, None)
+            most = read_masked(p, c, n, None)
             for start in range(channels, width, channels):
-                most = largest(most, read_some(p, start + c, n, None))
-            store_some(p, c, most, n)
+                most = largest(most, read_masked(p, start + c, n, None))
+            store_masked(p, c, most, n)
     else:
         for c in range(channels):
             most = rounded(splat(0.0), None)
             for start in range(c * S, width, channels * S):
                 for s in range(0, S, LANES):
-                    most = largest(most, read_some(p, start + s, min(S - s, LANES), None))
+                    most = largest(most, read_masked(p, start + s, min(S - s, LANES), None))
             put(p, c, largest_lane(most))
 
 
@@ -110,19 +116,22 @@ def next_tile(r, last):
 
 
 @inline
-def rows_ahead(x, width):
+def prefetch_distance(x, width):
     """How far a sweep prefetches: the next tile, or AHEAD values where rows are short."""
     return max(TILE, AHEAD // max(width, 1)) * row_stride(x)
 
 
 @inline
-def lead_at(x, width, stop, last, lead):
-    """`lead` for the tile that ends at row `stop`; 0 where it would reach behind the block's last row, and memory does not go on there."""
-    return lead if stop + TILE <= last or row_stride(x) == width else 0
+def prefetch_distance_at(x, width, stop, last, distance):
+    """`distance` for the tile that ends at row `stop`.
+
+    0 where it would reach behind the block's last row, and memory does not go on there.
+    """
+    return distance if stop + TILE <= last or row_stride(x) == width else 0
 
 
 @inline
-def ahead_of(tensor, r, column, width, cached):
+def prefetch_row(tensor, r, column, width, cached):
     """What a sweep of row after row prefetches while it is at row r of a strip.
 
     The next strip where this one is `cached`, what lies PREFETCH values on where rows follow each other without gaps, or the next row.

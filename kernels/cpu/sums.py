@@ -1,8 +1,20 @@
 """Moments in the making: sums in registers, kept in a row of scratch from plane to plane, merged block by block."""
 
-from fastbn.kernels.cpu.channels import merge, moments_of_sums
+from fastbn.kernels.cpu.channels import merge, moments_of_sums, shift_is_far
 from fastbn.kernels.cpu.helpers import inline
-from fastbn.kernels.cpu.simd import LANES, bits_above_zero, load, only, splat, store, sum_lanes, vectors
+from fastbn.kernels.cpu.simd import (
+    LANES,
+    bits_above_zero,
+    first_lanes,
+    load,
+    load_masked,
+    plane,
+    splat,
+    store,
+    sum_lanes,
+    vectors,
+    where_bits,
+)
 
 # Columns of a scratch row: three vectors of accumulators, the last for the backward alone, then scalars.
 SUM, SQUARE, LARGEST = 0, LANES, 2 * LANES
@@ -15,7 +27,7 @@ def add_value(sums, e, w):
     s, q = sums
     if w is None:
         return s + e, q + e * e
-    e = only(e, bits_above_zero(w))
+    e = where_bits(e, bits_above_zero(w))
     we = w * e
     return s + we, q + we * e
 
@@ -58,3 +70,62 @@ def close_block(scratch, row, count, d, m2):
         scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2] = n, d, m2
     zero = splat(0.0)
     save_sums(scratch, row, (zero, zero))
+
+
+# ---------------------------------------------------------------------------------------------------- moments of a plane
+
+
+@inline
+def gather(xp, wp, j, shift, sums):
+    e = load(xp, j) - shift
+    return add_value(sums, e, load(wp, j))
+
+
+@inline
+def gather_masked(xp, wp, j, n, shift, sums):
+    e = first_lanes(load_masked(xp, j, n) - shift, n)
+    return add_value(sums, e, load_masked(wp, j, n))
+
+
+@inline
+def gather_plane(xp, wp, start, stop, shift, sums):
+    """Sums of xp[start:stop] around shift."""
+    k = splat(shift)
+    j = start
+    while j + LANES <= stop:
+        sums = gather(xp, wp, j, k, sums)
+        j += LANES
+    if j < stop:
+        sums = gather_masked(xp, wp, j, stop - j, k, sums)
+    return sums
+
+
+@inline
+def gather_planes(x, weight, c, n_first, n_last, start, stop, shift):
+    """Sums of start..stop of a channel's planes n_first..n_last around shift."""
+    zero = splat(0.0)
+    sums = (zero, zero)
+    for n in range(n_first, n_last):
+        sums = gather_plane(plane(x, n, c), plane(weight, n, 0), start, stop, shift, sums)
+    return sums
+
+
+@inline
+def weight_of_block(block_weights, block, elements):
+    """The sum of a block's weights, or how many values it has."""
+    return float(elements) if block_weights is None else block_weights[block]
+
+
+@inline
+def end_block(x, weight, count, c, n_first, n_last, S, scratch, row):
+    """From the sums of the planes n_first..n_last of a channel to moments, which are merged with those of the blocks before."""
+    shift = scratch[row, SHIFT]
+    d, m2 = block_moments(load_sums(scratch, row), count)
+    if shift_is_far(x, count, d, m2):
+        around = shift + d
+        d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, 0, S, around), count)
+        if scratch[row, COUNT] == 0.0:
+            scratch[row, SHIFT] = around
+        else:
+            d += around - shift
+    close_block(scratch, row, count, d, m2)

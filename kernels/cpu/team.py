@@ -1,32 +1,47 @@
-"""Several threads at one kernel: who takes which tasks, and waiting for the last of them, all without the interpreter.
+"""From kernels to a program: all of them in one call, or several threads at one of them, without the interpreter.
 
-A kernel computes the tasks first..last with the workspace of `thread`. `team` makes of it what threads call: take a piece, compute it,
-take the next, until there are none. Pieces are taken from a board, which the threads of a call share, by an atomic addition, so a
-thread that comes late or runs on a slow processor simply takes fewer of them. Who computes a piece never changes its bits.
+A kernel computes the tasks first..last with the workspace of `thread`. A program runs kernels one after the other, its phases.
+
+- Alone, a thread runs all phases in one call of machine code. That is the shortest way for small arrays.
+- Several threads share the tasks of one phase. Each takes a piece, computes it, takes the next, until there are none. Pieces are taken from
+  a board by an atomic addition, so a thread that comes late or runs on a slow processor takes fewer of them.
+
+Who computes a piece never changes its bits.
 
 Halves, each for one thread, made the caller wait: the forward of 16x64x28x28 took 150 us on two threads and 125 on one (medians of 72
 calls, with `set_num_threads` 1 and 2 in turn).
 """
 
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastbn.kernels.cpu.helpers import inline
+from fastbn.kernels.cpu.simd import Pointer
 from fastbn.kernels.rows import DONE, FOUND, NEXT
 
-BOARD = types.int64[::1]
-CUTS = types.int64[::1]
+INTEGERS = Pointer(types.int64)
+# The phase that stands for all of them; what a call of all returns is found * PHASES + the phase that found it.
+ALL, PHASES = -1, 8
 # How often the caller looks whether the others are done, and the others whether a next call begins, before they let the system wake
 # them. That takes 25 to 100 us; a look takes 1 to 2 ns.
 LOOKS = 20_000
 LINGER = 30_000
 
 
-def _place(context, builder, array_type, array, k):
-    """The address of element k of a one-dimensional array."""
-    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
-    return builder.gep(data, [k])
+def _place(builder, array, k):
+    """The address of element k of integers."""
+    return builder.gep(array, [k], source_etype=ir.IntType(64))
+
+
+@intrinsic
+def element(typingctx, array, k):
+    """array[k]."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_place(builder, *args), typ=ir.IntType(64))
+
+    return types.int64(array, types.int64), codegen
 
 
 @intrinsic
@@ -34,7 +49,7 @@ def add_to(typingctx, board, k, n):
     """board[k] += n, atomically; the value before. What was written before it is seen by who sees the sum."""
 
     def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", _place(context, builder, sig.args[0], args[0], args[1]), args[2], "seq_cst")
+        return builder.atomic_rmw("add", _place(builder, args[0], args[1]), args[2], "seq_cst")
 
     return types.int64(board, types.int64, types.int64), codegen
 
@@ -44,43 +59,83 @@ def look_at(typingctx, board, k):
     """board[k], as another thread may have just written it."""
 
     def codegen(context, builder, sig, args):
-        return builder.load_atomic(_place(context, builder, sig.args[0], args[0], args[1]), "acquire", 8)
+        return builder.load_atomic(_place(builder, args[0], args[1]), "acquire", 8, typ=ir.IntType(64))
 
     return types.int64(board, types.int64), codegen
 
 
-def signature(kernel_types):
-    """The types that a team's function takes, from those of its kernel."""
-    return BOARD, BOARD, CUTS, types.int64, types.int64, types.Tuple(kernel_types[3:])
+def signature(groups, phases):
+    """The types that a program takes, from those of its kernels' groups of arguments."""
+    integer = types.int64
+    tasks = types.UniTuple(integer, phases)
+    return INTEGERS, INTEGERS, INTEGERS, integer, integer, integer, integer, tasks, types.Tuple(groups)
 
 
-def team(kernel):
-    """A kernel that several threads call at once; `arguments` are the kernel's behind (thread, first, last).
+def _phases(kernels):
+    """A helper that runs the kernel of a phase: compute(phase, thread, first, last, arguments)."""
+    last_phase = len(kernels) - 1
+    this = inline(kernels[last_phase])
 
-    The function made takes at most `turns` pieces, so that a long call comes back to the interpreter now and then, and returns the sum of
-    what the kernel returned. Piece k is the tasks cuts[k]..cuts[k+1]. With an empty board a thread is alone, and takes all pieces.
+    def compute(phase, thread, first, last, arguments):
+        return this(thread, first, last, *arguments)
+
+    compute = inline(compute)
+    for k in reversed(range(last_phase)):
+        compute = _either(k, inline(kernels[k]), compute)
+    return compute
+
+
+def _either(k, this, others):
+    """`this` as phase k, and whatever `others` runs."""
+
+    def compute(phase, thread, first, last, arguments):
+        if phase == k:
+            return this(thread, first, last, *arguments)
+        return others(phase, thread, first, last, arguments)
+
+    return inline(compute)
+
+
+def program(name, kernels):
+    """What one or several threads call; `arguments` are the kernels' groups behind (thread, first, last).
+
+    With phase ALL the calling thread is alone. Phase k runs over the tasks 0..tasks[k], and `turns` is the number of phases. The first
+    phase that finds something is the last to run. With phase ALL - 1 - k and one turn it runs phase k alone. Board and cuts are not looked
+    at, nor does the bell ring.
+
+    Else the threads of a call share that phase. The function takes at most `turns` pieces, so that a long call comes back to the
+    interpreter now and then. It returns the sum of what the kernel returned. Piece k of `pieces` is the tasks cuts[k]..cuts[k+1].
 
     Thread 0 is the caller. It rings the bell when it begins, and in the end waits a little for the others. Those linger until all is done
     and the bell rings for the next call, or a little longer: were they to go back to the interpreter with the caller, one would have
     to wait for its lock, and be woken. (32x512x7x7, measured as above: the forward on two threads is 0.8 times as fast as on one
     without, 1.3 times with.)
     """
-    compute = inline(kernel)
+    compute = _phases(kernels)
 
-    def work(bell, board, cuts, turns, thread, arguments):
-        alone = board.size == 0
+    def work(bell, board, cuts, pieces, turns, thread, phase, tasks, arguments):
+        alone = phase < 0
         if not alone and thread == 0:
             add_to(bell, 0, 1)
         heard = look_at(bell, 0)
-        pieces = cuts.size - 1
         found = 0
         for turn in range(turns):
-            k = turn if alone else add_to(board, NEXT, 1)
-            if k >= pieces:
-                break
-            n = compute(thread, cuts[k], cuts[k + 1], *arguments)
-            found += n
-            if not alone:
+            this, first, last = turn, 0, 0
+            if alone:
+                if phase < ALL:
+                    this = ALL - 1 - phase
+                last = tasks[this]
+            else:
+                k = add_to(board, NEXT, 1)
+                if k >= pieces:
+                    break
+                this, first, last = phase, element(cuts, k), element(cuts, k + 1)
+            n = compute(this, thread, first, last, arguments)
+            if alone:
+                if n != 0:
+                    return n * PHASES + this
+            else:
+                found += n
                 add_to(board, FOUND, n)
                 add_to(board, DONE, 1)
         if not alone and look_at(board, NEXT) >= pieces:
@@ -93,6 +148,6 @@ def team(kernel):
                         break
         return found
 
-    # Names of machine code are made of these: two kernels' must differ, also where both are loaded from the disk.
-    work.__name__, work.__qualname__, work.__module__ = kernel.__name__, f"{kernel.__qualname__}.team", kernel.__module__
+    # Names of machine code are made of these: two programs' must differ, also where both are loaded from the disk.
+    work.__name__, work.__qualname__, work.__module__ = name, f"{name}.program", kernels[0].__module__
     return work

@@ -1,7 +1,7 @@
-"""From a kernel written in Python to machine code: which type an argument's name stands for, and one compilation a variant.
+"""From kernels written in Python to machine code: which types an argument's name stands for, and one compilation a variant of a program.
 
-An argument of one name has one type in every kernel, so signatures follow from the parameter lists. A variant is a dtype and
-the optional arguments that are present; the absent ones are of type None, which lets Numba drop their branches.
+A group of arguments (arguments.py) of one name has one type in every kernel of a forward, and one in every kernel of a backward. A variant
+is a dtype and the optional arguments that are present; the absent ones are of type None, which lets Numba drop their branches.
 """
 
 import gc
@@ -12,66 +12,66 @@ from numba import njit, types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from fastbn.kernels.cpu import team
+from fastbn.kernels.cpu import arguments, team
 from fastbn.kernels.cpu.cache import KernelCache
 from fastbn.kernels.cpu.simd import Pointer, bfloat16
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
-# What is not an int64, whatever the data is.
-FIXED = {
-    "relu": types.boolean,
-    "streamed": types.boolean,
-    "frozen": types.boolean,
-    "wide": types.boolean,
-    "constant": types.boolean,
-    "force": types.boolean,
-    "brief": types.boolean,
-    "limit": types.float64,
-    "table": types.float64[:, ::1],
-    "partial": types.float64[:, :, ::1],
-    "scratch": types.float64[:, :, ::1],
-    "points": types.UniTuple(types.int64, 3),
-    "eps": types.float64,
-    "momentum": types.float64,
-    "correction": types.float64,
-    "count": types.float64,
-    "grads": types.float64[:, ::1],
-}
-OPTIONAL = ("residual", "weight", "counts", "mask", "relu", "dresidual", "frozen", "wide", "brief")
+REAL, INTEGER, FLAG = types.float64, types.int64, types.boolean
 
 
 def tensor(dtype):
     """(pointer, stride of n or row, stride of c), in elements."""
-    return types.Tuple((Pointer(dtype), types.int64, types.int64))
+    return types.Tuple((Pointer(dtype), INTEGER, INTEGER))
 
 
-def argument_type(name, dtype, present):
-    """The Numba type of the argument called `name`."""
-    if name == "weight" and "row_weight" in present:  # one for a whole row or plane
-        return types.Tuple((Pointer(types.float64), types.int64))
-    if name == "weight" and "narrow_weight" in present:
+VECTOR = types.Tuple((Pointer(types.uint8), INTEGER, INTEGER))
+
+
+def _weight(present):
+    """Weights of every position in float64 or float32, or of whole rows or planes."""
+    if "row_weight" in present:
+        return types.Tuple((Pointer(REAL), INTEGER))
+    if "narrow_weight" in present:
         return tensor(types.float32)
-    if name == "counts" and any(a.endswith("weight") for a in present):
-        return types.float64[::1]
-    if name in OPTIONAL and name not in present:
-        return types.none
-    if name in ("x", "y", "dy", "dx", "residual", "dresidual"):
-        return tensor(DTYPES[dtype])
-    if name in ("running_mean", "running_var"):
-        return Pointer(DTYPES[dtype])
-    if name in ("weight", "mask"):
-        return tensor(types.float64 if name == "weight" else types.uint16)
-    return FIXED.get(name, types.int64)
+    return tensor(REAL) if "weight" in present else types.none
 
 
-def signature(function, dtype, present):
-    """The types of a kernel's arguments in the variant."""
-    return tuple(argument_type(name, dtype, present) for name in inspect.signature(function).parameters)
+def group_type(name, dtype, present, backward):
+    """The Numba type of the group of arguments called `name`, in the kernels of a forward or of a backward."""
+
+    def optional(argument, given):
+        return given if argument in present else types.none
+
+    def named(group, *members):
+        alike = len(set(members)) == 1
+        return types.NamedUniTuple(members[0], len(members), group) if alike else types.NamedTuple(members, group)
+
+    data, weight, mask = tensor(DTYPES[dtype]), _weight(present), optional("mask", tensor(types.uint16))
+    if name == "data":
+        totals = types.none if weight is types.none else REAL[::1]
+        return named(arguments.Data, data, data, optional("residual", data), weight, totals, mask)
+    if name == "gradients":
+        return named(arguments.Gradients, data, data, data, optional("dresidual", data), weight, mask)
+    if name == "channels":
+        group = arguments.ChannelGradients if backward else arguments.Channels
+        return named(group, *[VECTOR] * len(group._fields))
+    if name == "shape":
+        return named(arguments.Shape, *[INTEGER] * len(arguments.Shape._fields))
+    if name == "options":
+        group = arguments.BackwardOptions if backward else arguments.ForwardOptions
+        return named(group, *(optional(field, FLAG) for field in group._fields))
+    if name == "numbers":
+        if backward:
+            return named(arguments.BackwardNumbers, REAL, FLAG, FLAG)
+        return named(arguments.ForwardNumbers, REAL, REAL, REAL, REAL, FLAG, FLAG, types.UniTuple(INTEGER, 3))
+    return {"table": REAL[:, ::1], "grads": REAL[:, ::1], "partial": REAL[:, :, ::1], "scratch": REAL[:, :, ::1]}[name]
 
 
-def is_shared(function):
-    """Whether threads share a kernel's tasks: its first arguments are thread, first, last."""
-    return next(iter(inspect.signature(function).parameters)) == "thread"
+def signature(kernel, dtype, present):
+    """The types of the groups of arguments that a kernel takes behind (thread, first, last)."""
+    names = tuple(inspect.signature(kernel).parameters)[3:]
+    return tuple(group_type(name, dtype, present, names[0] == "gradients") for name in names)
 
 
 @contextmanager
@@ -107,24 +107,21 @@ def _without_collecting():
 _compiled = {}
 
 
-def compiled(function, dtype, present=()):
-    """The machine code of a variant as a Python callable, from memory, from disk, or compiled now.
+def compiled(name, kernels, dtype, present=()):
+    """The machine code of a program's variant as a Python callable, from memory, from disk, or compiled now; see `team.program`.
 
-    Of a kernel whose tasks threads share it is what `team` makes: its arguments are bell, board, cuts, turns, thread, arguments.
     The callable is Numba's entry point for the signature, without the dispatcher before it: it takes about 0.1 us, converts each
     argument to the one type it may have (TypeError otherwise), and releases the GIL.
     """
-    variant = (function, dtype, present)
+    variant = (name, kernels, dtype, present)
     if variant not in _compiled:
         # Numba's own lock, which fastbn.cpu.threads holds over a fork. With one of ours around it, a thread that holds Numba's and
         # needs a kernel could wait for ever.
         with global_compiler_lock:
             if variant not in _compiled:
-                types_, code = signature(function, dtype, present), function
-                if is_shared(function):
-                    types_, code = team.signature(types_), team.team(function)
-                dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(code)
-                dispatcher._cache = KernelCache(function.__name__)
+                types_ = team.signature(signature(kernels[0], dtype, present), len(kernels))
+                dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(team.program(name, kernels))
+                dispatcher._cache = KernelCache(name)
                 with _written_in_vectors(), _without_collecting():
                     _compiled[variant] = dispatcher, dispatcher.compile(types_)
     return _compiled[variant][1]

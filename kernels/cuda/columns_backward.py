@@ -1,4 +1,4 @@
-"""Backward kernels for NC and channels last: x and dy are (rows, C), C contiguous. Twin: kernels/cpu/columns.py.
+"""Backward kernels for NC and channels last: x and dy are (rows, C), C contiguous. Twin: kernels/cpu/columns_backward.py.
 
 Versions
 --------

@@ -1,4 +1,4 @@
-"""Backward kernels for channels first: x and dy are (N, C, S), S contiguous. Twin: kernels/cpu/planes.py.
+"""Backward kernels for channels first: x and dy are (N, C, S), S contiguous. Twin: kernels/cpu/planes_backward.py.
 
 Versions
 --------

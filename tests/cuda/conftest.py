@@ -24,43 +24,54 @@ if SIMULATED:
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     sys.setswitchinterval(1e-6)  # simulated threads wait for each other all the time: let them take turns often
 else:
-    names = ["forward", "backward", "blocks", "host", "sample_weights", "api", "api_errors", "bench", "failures", "streams", "memory"]
-    collect_ignore += [f"test_{name}.py" for name in names]
+    names = ["forward", "backward", "blocks", "parts", "host", "sample_weights", "api", "api_errors", "bench"]
+    collect_ignore += [f"test_{name}.py" for name in (*names, "failures", "streams", "memory")]
 
 
-@pytest.fixture
-def backend(monkeypatch):
-    """fastbn.cuda.kernels_backend with blocks of 8 threads (two warps of 4), so that small inputs cross warp, block and tile edges."""
-    from fastbn.cuda import kernels_backend as cuda_backend
+def small_blocks(monkeypatch, persistent):
+    """Blocks of 8 threads (two warps of 4), so that small inputs cross warp, block and tile edges."""
     from fastbn.kernels.cuda import plan
 
-    def choose(persistent):
-        sizes = plan.Sizes(
-            threads=8, smallest=4, blocks=6, wide=2, tall=1, persistent=(32, 64) if persistent else (), persistent_threads=8,
-            persistent_channels=1, persistent_small=0,
-        )  # fmt: skip
-        monkeypatch.setattr(plan, "DEFAULT", sizes)
-        return cuda_backend
-
-    return choose
+    sizes = plan.Sizes(
+        threads=8, smallest=4, blocks=6, wide=2, tall=1, persistent=(32, 64) if persistent else (), persistent_threads=8,
+        persistent_channels=1, persistent_small=0,
+    )  # fmt: skip
+    monkeypatch.setattr(plan, "DEFAULT", sizes)
+    monkeypatch.setattr("fastbn.arguments.plans._plans", {})  # which know how large blocks are
 
 
 @pytest.fixture
-def cupy(backend, monkeypatch):
-    """A stand-in for CuPy, which the public functions take for it; blocks are small, as in `backend`."""
+def cupy(monkeypatch):
+    """A stand-in for CuPy, which the public functions take for it; blocks are small."""
     import cupy_standin
 
-    from fastbn.cuda import kernels_backend as cuda_backend
-    from fastbn.kernels.cuda import host
+    from fastbn.cuda import loading, streams
 
-    backend(True)
+    small_blocks(monkeypatch, True)
     module = cupy_standin.module()
-    known = replace(host.kernels(), arrays=module)
-    monkeypatch.setattr(host, "kernels", lambda: known)
-    monkeypatch.setattr(cuda_backend, "kernels", lambda: known)
-    monkeypatch.setattr(host, "_workspaces", {})
+    known = replace(loading.kernels(), arrays=module)
+    monkeypatch.setattr(loading, "kernels", lambda: known)
+    monkeypatch.setattr(streams, "_workspaces", {})
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
+
+
+@pytest.fixture
+def backend(cupy, monkeypatch):
+    """The functions over flat arrays (flat.py), with or without the kernels that hold a channel in a block's registers."""
+    import flat
+
+    from fastbn.cuda import backend as gpu
+
+    run = gpu.run
+    monkeypatch.setattr(flat, "JOBS", [])
+    monkeypatch.setattr(gpu, "run", lambda setting, steps, job: flat.JOBS.append(job) or run(setting, steps, job))
+
+    def choose(persistent):
+        small_blocks(monkeypatch, persistent)
+        return flat
+
+    return choose
 
 
 def _bfloat16(values):

@@ -4,7 +4,6 @@ Its arrays offer ``__cuda_array_interface__``, live on a device, and refuse to b
 for CuPy's surface, not for CuPy: strides, flags and dtypes are NumPy's own.
 """
 
-import contextlib
 import threading
 import time
 import types
@@ -47,7 +46,7 @@ class ndarray(np.ndarray):
             return np.asarray(_Addressed(memptr, shape, dtype, strides)).view(cls)
 
     def __array_finalize__(self, source):
-        self.device = source.device if isinstance(source, ndarray) else SimpleNamespace(id=CURRENT[0])
+        self.device = source.device if isinstance(source, ndarray) else Device(CURRENT[0])
 
     @property
     def data(self):
@@ -88,14 +87,18 @@ def on_device(a, device=0):
         return a.view(ndarray)
 
 
-@contextlib.contextmanager
-def Device(index):
-    """The device that arrays are made on."""
-    before, CURRENT[0] = CURRENT[0], index
-    try:
-        yield
-    finally:
-        CURRENT[0] = before
+class Device:
+    """The device that arrays are made on, while it is entered."""
+
+    def __init__(self, index):
+        self.id, self.before = index, []
+
+    def __enter__(self):
+        self.before.append(CURRENT[0])
+        CURRENT[0] = self.id
+
+    def __exit__(self, *error):
+        CURRENT[0] = self.before.pop()
 
 
 class Event:
@@ -145,6 +148,7 @@ def module():
     for name in NAMES:
         setattr(made, name, _wrapped(getattr(np, name)))
     made.broadcast_to = lambda a, shape: np.broadcast_to(a, shape, subok=True)
+    made.asarray = lambda a, *rest: a if type(a) is ndarray and not rest else wrap(np.asarray(a, *rest))
     made.ndarray, made.float64 = ndarray, np.float64
     made.copyto = lambda to, source: to.__setitem__(Ellipsis, source)
     made.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)

@@ -93,7 +93,7 @@ def test_memory_that_arrays_share(cupy):
     with pytest.raises(ValueError, match="out overlaps x; out may be that array itself"):
         fastbn.batch_norm_inference(x, None, None, gpu(FOUR), gpu(FOUR), out=shifted)
     _, ctx = fastbn.batch_norm_forward(x)
-    with pytest.raises(ValueError, match="out overlaps x; they must not"):
+    with pytest.raises(ValueError, match="out overlaps x, which ctx holds; they must not"):
         fastbn.batch_norm_backward(gpu(inputs.normal(SHAPE)), ctx, out=x)
     stats = gpu(np.zeros(7, np.float32))
     with pytest.raises(ValueError, match="running_mean and running_var share memory"):
@@ -188,19 +188,26 @@ def test_arrays_of_unknown_others_are_refused(cupy):
 
 
 def test_what_takes_numpy_arrays_only_says_so(cupy):
-    x = gpu(inputs.normal(SHAPE))
+    with pytest.raises(TypeError, match=r"x is a cupy.ndarray on a GPU, but explain takes NumPy arrays only: .*plan\.plan"):
+        fastbn.explain(gpu(inputs.normal(SHAPE)))
+
+
+def test_parts_of_a_batch_are_of_one_kind_and_on_one_device(cupy):
+    x, there = gpu(inputs.normal(SHAPE)), gpu(inputs.normal(SHAPE), 1)
     host = np.asarray(x).view(np.ndarray)
     _, ctx = fastbn.batch_norm_forward(x)
-    sums = np.zeros(4), np.zeros(4)
-    for call in (
-        lambda: fastbn.explain(x),
-        lambda: fastbn.batch_norm_forward_apply(x, fastbn.moments(x)),
-        lambda: fastbn.batch_norm_forward_apply(host, fastbn.moments(x)),
-        lambda: fastbn.batch_norm_backward_reduce(x, ctx),
-        lambda: fastbn.batch_norm_backward_apply(x, ctx, *sums),
-        lambda: fastbn.batch_norm_backward_reduce(x, fastbn.batch_norm_forward(host)[1]),
+    sums = fastbn.batch_norm_backward_reduce(x, ctx)
+    _, host_ctx = fastbn.batch_norm_forward(host)
+    for call, words in (
+        (lambda: fastbn.batch_norm_forward_apply(host, fastbn.moments(x)), "moments are on another device than x"),
+        (lambda: fastbn.batch_norm_forward_apply(x, fastbn.moments(host)), "moments are on another device than x"),
+        (lambda: fastbn.batch_norm_forward_apply(x, fastbn.moments(there)), "moments is on device 1 and x on device 0"),
+        (lambda: fastbn.batch_norm_backward_reduce(host, ctx), "dy is a numpy.ndarray and x is a cupy.ndarray on a GPU"),
+        (lambda: fastbn.batch_norm_backward_reduce(Tensor(x), host_ctx), "dy is a torch.Tensor; .* all of one kind"),
+        (lambda: fastbn.batch_norm_backward_apply(x, ctx, np.zeros(4), sums[1]), "sum_dy is a numpy.ndarray and x is a cupy.ndarray"),
+        (lambda: fastbn.batch_norm_backward_apply(x, ctx, gpu(np.zeros(4), 1), sums[1]), "sum_dy is on device 1 and x on device 0"),
     ):
-        with pytest.raises(TypeError, match=r"is a cupy.ndarray on a GPU, but .* takes NumPy arrays only: .*(cupy\.asnumpy|plan\.plan)"):
+        with pytest.raises(TypeError, match=words):
             call()
 
 
@@ -215,7 +222,10 @@ def test_nothing_asks_the_gpu_for_values(cupy, monkeypatch):
     _, ctx = fastbn.batch_norm_forward(**a)
     fastbn.batch_norm_backward(gpu(inputs.normal(SHAPE)), ctx)
     fastbn.batch_norm_inference(a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"])
-    fastbn.moments(a["x"])
+    m = fastbn.moments(a["x"])
+    del a["sample_weight"]
+    _, ctx = fastbn.batch_norm_forward_apply(moments=m, **a)
+    fastbn.batch_norm_backward_apply(a["residual"], ctx, *fastbn.batch_norm_backward_reduce(a["residual"], ctx))
     assert asked == []
     assert float(a["x"].sum()) != 0
     assert asked == ["__float__"]  # so it would have been seen

@@ -114,7 +114,7 @@ def test_one_state_used_twice_gives_the_same_bits(backend, shape):
     rng = np.random.default_rng(8)
     x, dy = rng.normal(0, 1, (2, *shape)).astype(np.float32)
     module = backend(False)
-    state = module.forward(x, np.empty_like(x), shape, relu=True)
+    state = module.forward(x, np.empty_like(x), shape, gamma=np.ones(shape[1], np.float32), relu=True)
     results = []
     for _ in range(2):
         dx, dgamma = np.empty_like(x), np.empty(shape[1], np.float32)

@@ -9,10 +9,9 @@ import threading
 import numpy as np
 import pytest
 
-from fastbn.cuda import arrays as gpu_arrays
-from fastbn.cuda import layout as gpu_layout
-from fastbn.cuda.backend import _forward_plan
-from fastbn.kernels.cuda import host
+from fastbn.arguments import overlaps, plans
+from fastbn.common.facts import Seen
+from fastbn.cuda import arrays, backend, layout, loading, streams
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
@@ -33,45 +32,48 @@ def hardware(monkeypatch):
             self.pointer, self.size, self.itemsize, self.typestr, self.base = pointer, size, itemsize, typestr, base
 
     known = SimpleNamespace(arrays=cupy, simulated=False, launch=SimpleNamespace(DeviceArray=DeviceArray))
-    monkeypatch.setattr(host, "kernels", lambda: known)
+    monkeypatch.setattr(loading, "kernels", lambda: known)
+
+
+def seen(a):
+    return Seen(a.shape, a.strides, a.dtype, a.data.ptr % 16)
 
 
 def test_an_array_is_known_without_asking_for_its_interface():
-    assert gpu_arrays.is_gpu_array(over(np.zeros(3, np.float32)))
-    assert not gpu_arrays.is_gpu_array(np.float32(1))
+    assert arrays.is_gpu_array(over(np.zeros(3, np.float32)))
+    assert not arrays.is_gpu_array(np.float32(1))
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels last", "Fortran"])
 def test_dense_arrays_are_read_in_place(hardware, name):
     x = np.zeros((3, 4, 5, 6), np.float32)
     x = {"contiguous": x, "channels last": np.moveaxis(np.zeros((3, 5, 6, 4), np.float32), -1, 1), "Fortran": np.asfortranarray(x)}[name]
-    a = gpu_arrays.Arrays(x=over(x), gamma=over(np.ones(4, np.float32)))
-    plan = _forward_plan(a.facts, 1, True)
-    a.writable("x")
-    a.apart(plan.reach, None, True)
+    given = over(x), over(np.ones(4, np.float32)), *[None] * 6
+    plan, given, exchange = plans.look("forward", given, 1, True, None)
+    assert exchange is None
+    assert backend.separate(plan, given)
     assert plan.direct == {"x"}
     assert plan.parameters.direct == {"gamma"}
-    flat = plan.layout.read(cupy, a.x, True)
+    flat = plan.layout.read(given[0], True)
     assert (flat.pointer, flat.size, flat.itemsize, flat.typestr) == (x.ctypes.data, x.size, 4, "<f4")
-    assert flat.base is a.x
+    assert flat.base is given[0]
 
 
 def test_what_cannot_be_read_in_place_is_known():
     raw = np.zeros(4 * 360 + 16, np.uint8)
     start = -raw.ctypes.data % 16
     x = over(raw)[start + 2 : start + 2 + 1440].view(np.float32).reshape(3, 4, 5, 6)
-    seen = gpu_layout.seen(x)
-    assert seen.offset == 2
-    assert not seen.plain
-    assert not gpu_layout.seen(over(np.zeros(3, ">f4"))).plain
-    assert gpu_layout.seen(x[..., ::2]).reach == (0, 1440 - 4)
-    assert gpu_layout.seen(x[::-1]).reach == (-960, 480)
+    assert seen(x).offset == 2
+    assert not seen(x).plain
+    assert not seen(over(np.zeros(3, ">f4"))).plain
+    assert seen(x[..., ::2]).reach == (0, 1440 - 4)
+    assert seen(x[::-1]).reach == (-960, 480)
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", "<f8"])
-def test_memory_byte_by_byte(dtype):
+def test_memory_byte_by_byte(hardware, dtype):
     x = np.arange(1, 25, dtype=dtype).reshape(2, 3, 4)[::-1, :, ::2]
-    found = gpu_layout._bytes(cupy, over(x))
+    found = layout._bytes(over(x))
     assert found.dtype == np.uint8
     read = np.ndarray(found.shape, np.uint8, x.base, found.data.ptr - x.base.ctypes.data, found.strides)  # where CuPy would read
     np.testing.assert_array_equal(np.ascontiguousarray(read).view(x.dtype.newbyteorder("=")).reshape(x.shape), x)
@@ -79,11 +81,13 @@ def test_memory_byte_by_byte(dtype):
 
 def test_overlaps_are_told_from_addresses(hardware):
     room = np.zeros((2, 4, 4), np.float32)
-    a = gpu_arrays.Arrays(x=over(room[0]), out=over(room.reshape(-1)[8:24].reshape(4, 4)))
+    x, out = over(room[0]), over(room.reshape(-1)[8:24].reshape(4, 4))
+    plan, given, _ = plans.look("forward", (x, *[None] * 6, out), 1, True, None)
+    assert not backend.separate(plan, given)
     with pytest.raises(ValueError, match="out overlaps x"):
-        a.apart(_forward_plan(a.facts, 1, True).reach, None, True)
+        overlaps.check_forward(plan, *given)
 
 
 def test_per_thread_default_streams_have_the_handle_that_is_told_apart():
-    assert (cupy.cuda.Stream.null.ptr, cupy.cuda.Stream.ptds.ptr) == (0, host.PER_THREAD_STREAM)
+    assert (cupy.cuda.Stream.null.ptr, cupy.cuda.Stream.ptds.ptr) == (0, streams.PER_THREAD_STREAM)
     assert threading.get_ident() > 0

@@ -22,18 +22,18 @@ def run(code, **environment):
 
 
 def test_importing_the_backend_imports_neither_numba_nor_cupy():
-    result = run("import sys, fastbn.cuda.kernels_backend; print([m for m in ('numba', 'cupy') if m in sys.modules])")
+    result = run("import sys, fastbn.cuda.backend; print([m for m in ('numba', 'cupy') if m in sys.modules])")
     assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_without_cupy_or_numba_cuda_the_error_names_the_extra():
     # Whatever is missing here: the bundled target is refused, numba-cuda alone lacks CuPy.
     code = """
-import importlib.util, fastbn.cuda.kernels_backend as backend
+import importlib.util, fastbn.cuda.loading as loading
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "cupy" else find(name, *rest)
 try:
-    backend.kernels()
+    loading.kernels()
 except ImportError as error:
     print(error)
 """

@@ -63,7 +63,7 @@ def test_no_memory_for_the_workspace_leaves_everything(cupy, monkeypatch):
         raise MemoryError("out of memory")
 
     mean, var = gpu(np.zeros(4, np.float32)), gpu(np.ones(4, np.float32))
-    monkeypatch.setattr("fastbn.cuda.kernels_backend.workspace", full)
+    monkeypatch.setattr("fastbn.cuda.streams.workspace", full)
     with pytest.raises(MemoryError):
         fastbn.batch_norm_forward(gpu(inputs.normal(SHAPE)), running_mean=mean, running_var=var)
     assert not mean.any()

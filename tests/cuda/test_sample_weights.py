@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from cupy_standin import on_device
+
+import fastbn
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -112,11 +115,12 @@ def test_a_first_block_that_weighs_nothing_costs_no_accuracy(backend):
 
 
 def test_rows_share_a_weight_and_wrong_sizes_are_refused(backend):
-    x = np.random.default_rng(5).normal(0, 1, (30, 4, 1)).astype(np.float32)
-    module, few, all_ = backend(False), np.empty_like(x), np.empty_like(x)
+    backend(False)
+    x = on_device(np.random.default_rng(5).normal(0, 1, (3, 10, 4)).astype(np.float32))  # 30 rows of 4 channels
     w = np.float32([1, 0, 2])
-    module.forward(x, few, x.shape, sample_weight=w)
-    module.forward(x, all_, x.shape, sample_weight=np.repeat(w, 10))
+    few, ctx = fastbn.batch_norm_forward(x, sample_weight=on_device(w), axis=-1)
+    assert ctx.plan.layout.shape == (30, 4, 1)
+    all_, _ = fastbn.batch_norm_forward(x, sample_weight=on_device(np.repeat(w, 10).reshape(3, 10)), axis=-1)
     np.testing.assert_array_equal(few, all_)
-    with pytest.raises(ValueError, match="sample_weight has 7 elements; it needs 30"):
-        module.forward(x, few, x.shape, sample_weight=np.ones(7))
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(7,\).*it must be \(3,\) or \(3, 10\)"):
+        fastbn.batch_norm_forward(x, sample_weight=on_device(np.ones(7)), axis=-1)

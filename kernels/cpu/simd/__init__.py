@@ -4,29 +4,30 @@ Memory holds float32, float64, float16 or bfloat16. Statistics and gradients are
 registers and `store` rounds once on the way out, so a kernel is written once for all dtypes and never rounds in between. Output of
 float32 and narrower is computed in ``f32x16`` where that is as good: `read` gives lanes of the one or the other kind.
 
-===============================  ==================================================================
-``load(p, i)``                   lanes p[i:i+16]
-``load_some(p, i, n)``           lanes p[i:i+n], the others 0; touches no other memory
-``read``, ``read_some``          the same in float32 lanes, or float64 where the last argument is not None
-``load_like``, ``load_some_like`` the same in lanes of the kind of the last argument
-``rounded(v, wide)``             float64 lanes as float32 lanes, or as they are where `wide` is not None
-``lanes_memory(p, wide)``        workspace of float64, or the same as float32, for such lanes
-``bias(beta, mean, m, scale, w)`` beta - (mean - m) * scale for float32 lanes, which subtract m; beta if `w` is not None
-``store``, ``store_some``        the reverse, rounding once to the memory's dtype
-``stream(p, i, v)``              store around the cache; p + i must be `lanes_to_boundary` aligned
-``fence()``                      after streaming, before another thread may read
-``splat(s)``                     sixteen copies of a scalar
-``a + b``, ``a - b``, ``a * b``  lane by lane; a * b + c contracts to one FMA where the CPU has it
-``sum_lanes(v)``                 sum in a fixed tree: the same bits everywhere
-``part_of``, ``with_part``       sums in float32 lanes, added to float64 lanes at each `part_end`
-``largest(m, v)``                the larger of m and abs(v) in float32 lanes; ``largest_lane(v)`` a scalar
-``centre(p, v, mean, low)``      v - mean, and for p in float64 also - low: the mean as two words
-``apart(p, v, mean, low)``       the same of float64, v of narrower values; ``joined`` makes the constant term fit
-``two_words(tensor)``            whether these need the second word, so that p is float64
-``keep(v, n)``                   lanes 0..n-1 of v, the others 0
-``bits_above_zero(v)``           int64, bit k set unless v[k] <= 0 (set for NaN)
-``only(v, bits)``                v where the bit is set, 0 elsewhere
-===============================  ==================================================================
+===================================  ==================================================================
+``load(p, i)``                       lanes p[i:i+16]
+``load_masked(p, i, n)``             lanes p[i:i+n], the others 0; touches no other memory
+``read``, ``read_masked``            the same in float32 lanes, or float64 where the last argument is not None
+``load_like``, ``load_masked_like``  the same in lanes of the kind of the last argument
+``rounded(v, lanes64)``              float64 lanes as float32 lanes, or as they are where `lanes64` is not None
+``lanes_memory(p, lanes64)``         workspace of float64, or the same as float32, for such lanes
+``bias(beta, mean, anchor, ...)``    beta - (mean - anchor) * scale for float32 lanes, which subtract the anchor; else beta
+``store``, ``store_masked``          the reverse, rounding once to the memory's dtype
+``stream(p, i, v)``                  store around the cache; p + i must be `lanes_to_boundary` aligned
+``fence()``                          after streaming, before another thread may read
+``splat(s)``                         sixteen copies of a scalar
+``a + b``, ``a - b``, ``a * b``      lane by lane; a * b + c contracts to one FMA where the CPU has it
+``sum_lanes(v)``                     sum in a fixed tree: the same bits everywhere
+``float32_sum``, ``float64_sum``     sums in float32 lanes, added to float64 lanes at each `sum_end`
+``largest(m, v)``                    the larger of m and abs(v) in float32 lanes; ``largest_lane(v)`` a scalar
+``deviation(p, v, mean, low)``       v - mean, and for p in float64 also - low: the mean as two words
+``deviation_if_float64(...)``        the same of float64, v of narrower values; ``constant_term`` makes the constant term fit
+``needs_two_words(tensor)``          whether these need the second word, so that p is float64
+``get_channel``, ``put_channel``     one value of a channel, float32 or float64 as is known at run time
+``first_lanes(v, n)``                lanes 0..n-1 of v, the others 0
+``bits_above_zero(v)``               int64, bit k set unless v[k] <= 0 (set for NaN)
+``where_bits(v, bits)``              v where the bit is set, 0 elsewhere
+===================================  ==================================================================
 
 A tensor is a tuple (pointer, stride, stride); optional ones are None, and so is whatever is loaded from None. Weights that are the same
 for a whole row or plane are a pair (pointer, stride): what would be a pointer into them is lanes full of the one weight.
@@ -43,29 +44,31 @@ Why like this:
 """
 
 from fastbn.kernels.cpu.simd.arithmetic import (
-    apart,
     bias,
-    centre,
-    joined,
-    keep,
+    constant_term,
+    deviation,
+    deviation_if_float64,
+    first_lanes,
+    float32_sum,
+    float64_sum,
+    lanes64_unless,
     largest,
     largest_lane,
-    part_end,
-    part_of,
+    needs_two_words,
     rounded,
     splat,
+    sum_end,
     sum_lanes,
-    two_words,
-    wide_unless,
-    with_part,
 )
 from fastbn.kernels.cpu.simd.elements import (
     bits_above_zero,
     get,
     get_bits,
-    only,
+    get_channel,
     put,
     put_bits,
+    put_channel,
+    where_bits,
 )
 from fastbn.kernels.cpu.simd.memory import (
     by_row,
@@ -74,18 +77,18 @@ from fastbn.kernels.cpu.simd.memory import (
     lanes_to_boundary,
     load,
     load_like,
-    load_some,
-    load_some_like,
+    load_masked,
+    load_masked_like,
     moved,
     plane,
     prefetch,
     prefetch_once,
     read,
-    read_some,
+    read_masked,
     row,
     row_stride,
     store,
-    store_some,
+    store_masked,
     stream,
     vectors,
 )
@@ -102,48 +105,50 @@ __all__ = [
     "LANES",
     "Pointer",
     "Vector",
-    "apart",
     "bfloat16",
     "bias",
     "bits_above_zero",
     "by_row",
-    "centre",
+    "constant_term",
+    "deviation",
+    "deviation_if_float64",
     "f32x16",
     "f64x16",
     "fence",
+    "first_lanes",
+    "float32_sum",
+    "float64_sum",
     "get",
     "get_bits",
-    "joined",
-    "keep",
+    "get_channel",
+    "lanes64_unless",
     "lanes_memory",
     "lanes_to_boundary",
     "largest",
     "largest_lane",
     "load",
     "load_like",
-    "load_some",
-    "load_some_like",
+    "load_masked",
+    "load_masked_like",
     "moved",
-    "only",
-    "part_end",
-    "part_of",
+    "needs_two_words",
     "plane",
     "prefetch",
     "prefetch_once",
     "put",
     "put_bits",
+    "put_channel",
     "read",
-    "read_some",
+    "read_masked",
     "rounded",
     "row",
     "row_stride",
     "splat",
     "store",
-    "store_some",
+    "store_masked",
     "stream",
+    "sum_end",
     "sum_lanes",
-    "two_words",
     "vectors",
-    "wide_unless",
-    "with_part",
+    "where_bits",
 ]

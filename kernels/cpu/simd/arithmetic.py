@@ -50,21 +50,21 @@ def splat(typingctx, s):
 
 
 @intrinsic
-def wide_unless(typingctx, brief):
-    """The argument `wide` of lanes for sums: None, for float32 lanes, where sums are brief, else True."""
-    if isinstance(brief, types.NoneType):
-        return types.boolean(brief), lambda context, builder, sig, args: ir.Constant(I1, True)
-    return types.none(brief), lambda context, builder, sig, args: context.get_dummy_value()
+def lanes64_unless(typingctx, lanes32):
+    """The argument `lanes64` of lanes for sums: None, for float32 lanes, where `lanes32` is there, else True."""
+    if isinstance(lanes32, types.NoneType):
+        return types.boolean(lanes32), lambda context, builder, sig, args: ir.Constant(I1, True)
+    return types.none(lanes32), lambda context, builder, sig, args: context.get_dummy_value()
 
 
 @intrinsic
-def rounded(typingctx, v, wide):
-    """float64 lanes as float32 lanes, or as they are where `wide` is not None."""
+def rounded(typingctx, v, lanes64):
+    """float64 lanes as float32 lanes, or as they are where `lanes64` is not None."""
 
     def codegen(context, builder, sig, args):
         return args[0] if sig.return_type == f64x16 else builder.fptrunc(args[0], vector_of(F32))
 
-    return lanes(wide)(v, wide), codegen
+    return lanes(lanes64)(v, lanes64), codegen
 
 
 @intrinsic
@@ -83,7 +83,7 @@ def largest(typingctx, m, v):
 
 
 @intrinsic
-def part_of(typingctx, total, like):
+def float32_sum(typingctx, total, like):
     """What lanes of `like`'s kind start from to go on with a sum: 0 in float32 lanes, in float64 lanes the sum itself."""
 
     def codegen(context, builder, sig, args):
@@ -93,7 +93,7 @@ def part_of(typingctx, total, like):
 
 
 @intrinsic
-def with_part(typingctx, total, part):
+def float64_sum(typingctx, total, part):
     """The sum after that: the total and the part in float32 lanes, or the part, which holds all."""
 
     def codegen(context, builder, sig, args):
@@ -105,7 +105,7 @@ def with_part(typingctx, total, part):
 
 
 @intrinsic
-def part_end(typingctx, i, like):
+def sum_end(typingctx, i, like):
     """The index behind i at which a part is added to the sum: every 8 vectors in float32 lanes, never in float64 lanes."""
 
     def codegen(context, builder, sig, args):
@@ -129,21 +129,21 @@ def largest_lane(typingctx, v):
 
 
 @intrinsic
-def bias(typingctx, beta, mean, anchor, scale, wide):
-    """b of y = (x - m) * scale + b: m is the anchor rounded to float32; or the mean, so that b is beta, if `wide` is not None."""
+def bias(typingctx, beta, mean, anchor, scale, lanes64):
+    """b of y = (x - m) * scale + b: m is the anchor rounded to float32; or the mean, so that b is beta, if `lanes64` is not None."""
 
     def codegen(context, builder, sig, args):
         beta_, mean_, anchor_, scale_ = args[:4]
-        if lanes(wide) == f64x16:
+        if lanes(lanes64) == f64x16:
             return beta_
         m = builder.fpext(builder.fptrunc(anchor_, vector_of(F32)), vector_of(F64))
         return builder.fsub(beta_, builder.fmul(builder.fsub(mean_, m), scale_))
 
-    return f64x16(beta, mean, anchor, scale, wide), codegen
+    return f64x16(beta, mean, anchor, scale, lanes64), codegen
 
 
 @intrinsic
-def centre(typingctx, p, v, mean, low):
+def deviation(typingctx, p, v, mean, low):
     """v - mean of values loaded from p.
 
     A float64 mean is exact enough for anything narrower. For float64 values it is half an ulp off, 1e-10 standard deviations
@@ -158,8 +158,8 @@ def centre(typingctx, p, v, mean, low):
 
 
 @intrinsic
-def two_words(typingctx, tensor):
-    """Whether `centre` and `apart` need a mean in two words for a tensor's values: a constant, so that what it guards vanishes."""
+def needs_two_words(typingctx, tensor):
+    """Whether deviations of a tensor's values need a mean in two words: a constant, so that what it guards vanishes."""
 
     def codegen(context, builder, sig, args):
         return ir.Constant(ir.IntType(1), sig.args[0][0].dtype == types.float64)
@@ -168,8 +168,8 @@ def two_words(typingctx, tensor):
 
 
 @intrinsic
-def apart(typingctx, p, v, mean, low):
-    """v - mean of values loaded from float64, and in float32 lanes; v of others: there `joined` has the mean in a constant term."""
+def deviation_if_float64(typingctx, p, v, mean, low):
+    """v - mean of values loaded from float64, and in float32 lanes; v of others: there `constant_term` has the mean in a constant term."""
 
     def codegen(context, builder, sig, args):
         if sig.args[0].dtype == types.float64:
@@ -180,11 +180,11 @@ def apart(typingctx, p, v, mean, low):
 
 
 @intrinsic
-def joined(typingctx, p, c, slope, mean, brief):
-    """c of slope * (v - mean) + c, made to fit `apart`: c - slope * mean for values narrower than float64.
+def constant_term(typingctx, p, c, slope, mean, lanes32):
+    """c of slope * (v - mean) + c, made to fit `deviation_if_float64`: c - slope * mean for values narrower than float64.
 
     What cancels then is 2**24 times the result at most, as far as a mean of float32 values can lie from them: 1e-9 of it is lost.
-    In float32 lanes (`brief` is not None) it is what rounding the mean leaves out.
+    In float32 lanes (`lanes32` is not None) it is what rounding the mean leaves out.
     """
 
     def codegen(context, builder, sig, args):
@@ -195,11 +195,11 @@ def joined(typingctx, p, c, slope, mean, brief):
             left = builder.fsub(left, builder.fpext(builder.fptrunc(left, vector_of(F32)), vector_of(F64)))
         return builder.fsub(args[1], builder.fmul(args[2], left))
 
-    return c(p, c, slope, mean, brief), codegen
+    return c(p, c, slope, mean, lanes32), codegen
 
 
 @intrinsic
-def keep(typingctx, v, n):
+def first_lanes(typingctx, v, n):
     """The first n lanes of v, zeros behind."""
 
     def codegen(context, builder, sig, args):

@@ -28,9 +28,9 @@ def has_f16c(context):
 
 def _half_to_f32(builder, h):
     """float16 bits to float32 by integers, for CPUs without F16C: 2**112 rebiases the exponent and normalises subnormals."""
-    wide = builder.zext(h, vector_of(I32))
-    sign = builder.shl(builder.and_(wide, constant(I32, 0x8000)), constant(I32, 16))
-    shifted = builder.shl(builder.and_(wide, constant(I32, 0x7FFF)), constant(I32, 13))
+    lanes64 = builder.zext(h, vector_of(I32))
+    sign = builder.shl(builder.and_(lanes64, constant(I32, 0x8000)), constant(I32, 16))
+    shifted = builder.shl(builder.and_(lanes64, constant(I32, 0x7FFF)), constant(I32, 13))
     scaled = builder.fmul(builder.bitcast(shifted, vector_of(F32)), constant(F32, 2.0**112))
     special = builder.icmp_unsigned(">=", shifted, constant(I32, 0x7C00 << 13))
     infinite = builder.or_(shifted, constant(I32, 0x7F800000))

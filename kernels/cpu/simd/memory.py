@@ -75,7 +75,7 @@ def load(typingctx, p, i):
 
 @intrinsic
 @absent_gives_none
-def load_some(typingctx, p, i, n):
+def load_masked(typingctx, p, i, n):
     """p[i:i+n] as float64, zeros behind; sixteen lanes p[:n] likewise."""
     if p == f64x16:
 
@@ -88,16 +88,16 @@ def load_some(typingctx, p, i, n):
 
 @intrinsic
 @absent_gives_none
-def read(typingctx, p, i, wide):
-    """p[i:i+16] as float32, or as float64 where `wide` is not None."""
-    return lanes(wide)(p, types.int64, wide), _load(lanes(wide))
+def read(typingctx, p, i, lanes64):
+    """p[i:i+16] as float32, or as float64 where `lanes64` is not None."""
+    return lanes(lanes64)(p, types.int64, lanes64), _load(lanes(lanes64))
 
 
 @intrinsic
 @absent_gives_none
-def read_some(typingctx, p, i, n, wide):
-    """p[i:i+n] as float32, or as float64 where `wide` is not None; zeros behind."""
-    return lanes(wide)(p, types.int64, types.int64, wide), _load(lanes(wide))
+def read_masked(typingctx, p, i, n, lanes64):
+    """p[i:i+n] as float32, or as float64 where `lanes64` is not None; zeros behind."""
+    return lanes(lanes64)(p, types.int64, types.int64, lanes64), _load(lanes(lanes64))
 
 
 @intrinsic
@@ -107,7 +107,7 @@ def load_like(typingctx, p, i, v):
 
 
 @intrinsic
-def load_some_like(typingctx, p, i, n, v):
+def load_masked_like(typingctx, p, i, n, v):
     """p[i:i+n] in lanes of v's kind, zeros behind."""
     return v(p, types.int64, types.int64, v), _load(v)
 
@@ -126,7 +126,7 @@ def store(typingctx, p, i, v):
 
 
 @intrinsic
-def store_some(typingctx, p, i, v, n):
+def store_masked(typingctx, p, i, v, n):
     """p[i:i+n] = v[:n], rounded once."""
 
     def codegen(context, builder, sig, args):
@@ -168,8 +168,8 @@ def lanes_to_boundary(typingctx, p):
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
         negative = builder.neg(builder.ptrtoint(args[0], I64))
-        rest = builder.and_(negative, ir.Constant(I64, _boundary(dtype) - 1))
-        return builder.udiv(rest, ir.Constant(I64, _size(dtype)))
+        tail_columns = builder.and_(negative, ir.Constant(I64, _boundary(dtype) - 1))
+        return builder.udiv(tail_columns, ir.Constant(I64, _size(dtype)))
 
     return types.int64(p), codegen
 
@@ -259,11 +259,11 @@ def vectors(typingctx, array, r):
 
 
 @intrinsic
-def lanes_memory(typingctx, p, wide):
-    """A pointer to float64, as it is or, where `wide` is None, as one to float32: workspace for lanes of either kind."""
-    if isinstance(wide, types.NoneType):
-        return Pointer(types.float32)(p, wide), lambda context, builder, sig, args: builder.bitcast(args[0], F32.as_pointer())
-    return p(p, wide), lambda context, builder, sig, args: args[0]
+def lanes_memory(typingctx, p, lanes64):
+    """A pointer to float64, as it is or, where `lanes64` is None, as one to float32: workspace for lanes of either kind."""
+    if isinstance(lanes64, types.NoneType):
+        return Pointer(types.float32)(p, lanes64), lambda context, builder, sig, args: builder.bitcast(args[0], F32.as_pointer())
+    return p(p, lanes64), lambda context, builder, sig, args: args[0]
 
 
 def _prefetch(p, locality):

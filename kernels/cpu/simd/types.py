@@ -8,7 +8,7 @@ from numba.extending import NativeValue, models, register_model, unbox
 
 LANES = 16
 
-I1, I16, I32, I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
@@ -50,14 +50,22 @@ f64x16 = Vector("f64x16", F64)
 f32x16 = Vector("f32x16", F32)
 
 
-def lanes(wide):
-    """The lanes that the type of an argument called `wide` stands for: float32 where it is None."""
-    return f32x16 if isinstance(wide, types.NoneType) else f64x16
+def lanes(lanes64):
+    """The lanes that the type of an argument called `lanes64` stands for: float32 where it is None."""
+    return f32x16 if isinstance(lanes64, types.NoneType) else f64x16
 
 
 bfloat16 = BFloat16()
 
-ELEMENTS = {types.float32: F32, types.float64: F64, types.float16: F16, bfloat16: I16, types.uint16: I16}
+ELEMENTS = {
+    types.float32: F32,
+    types.float64: F64,
+    types.float16: F16,
+    bfloat16: I16,
+    types.uint8: I8,
+    types.uint16: I16,
+    types.int64: I64,
+}
 
 
 @register_model(Vector)
@@ -94,10 +102,10 @@ def absent_gives_none(definition):
     """Make an intrinsic of None be None, so that kernels pass optional arguments on without asking."""
 
     @wraps(definition)
-    def wrapper(typingctx, first, *rest):
+    def wrapper(typingctx, first, *tail_columns):
         if isinstance(first, types.NoneType):
-            return types.none(first, *rest), lambda context, builder, sig, args: context.get_dummy_value()
-        return definition(typingctx, first, *rest)
+            return types.none(first, *tail_columns), lambda context, builder, sig, args: context.get_dummy_value()
+        return definition(typingctx, first, *tail_columns)
 
     return wrapper
 
