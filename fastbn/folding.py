@@ -13,15 +13,7 @@ from fastbn.statistics import Array, namespace_of
 
 
 def fold_batch_norm(
-    weight: Array,
-    bias: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    mean: Array,
-    var: Array,
-    *,
-    eps: float = 1e-5,
-    axis: int = 0,
+    weight: Array, bias: Array | None, gamma: Array | None, beta: Array | None, mean: Array, var: Array, *, eps: float = 1e-5, axis: int = 0
 ) -> tuple[Array, Array]:
     """Weight and bias of the one layer that does what ``batch_norm_inference(layer(x), ...)`` does.
 

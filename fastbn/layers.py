@@ -154,25 +154,16 @@ class BatchNorm:
             Errors as in `fastbn.batch_norm_forward`; after any exception the layer is as before.
         """
         self._check_features(x)
-        training = self.training or self.running_mean is None
-        update = self.training and update_stats and self.running_mean is not None
-        # Running statistics that are neither read nor written are not handed over.
-        statistics = (self.running_mean, self.running_var) if update or not training else (None, None)
+        mean, var = self.running_mean, self.running_var
+        training = self.training or mean is None
+        update = training and update_stats and mean is not None
+        if training and not update:  # running statistics are neither read nor written
+            mean = var = None
+        momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
         y, self.ctx = functional.batch_norm_forward(
-            x,
-            self.gamma,
-            self.beta,
-            *statistics,
-            training=training,
-            momentum=1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum,
-            eps=self.eps,
-            axis=self.axis,
-            unbiased=self.unbiased,
-            activation=self.activation,
-            residual=residual,
-            sample_weight=sample_weight,
-            out=out,
-        )
+            x, self.gamma, self.beta, mean, var, training=training, momentum=momentum, eps=self.eps, axis=self.axis, unbiased=self.unbiased,
+            activation=self.activation, residual=residual, sample_weight=sample_weight, out=out,
+        )  # fmt: skip
         if update and y.size:  # an empty batch is no batch
             self.num_batches_tracked += 1
         return y
@@ -312,11 +303,14 @@ class BatchNorm:
 
     def _check_features(self, x: Array) -> None:
         """ValueError if x has another number of channels. What is no array at all, the functions explain better."""
-        shape = getattr(x, "shape", ())
-        if -len(shape) <= self.axis < len(shape) and shape[self.axis] != self.num_features:
+        try:
+            found = x.shape[self.axis]
+        except (AttributeError, IndexError, TypeError):
+            return
+        if found != self.num_features:
             raise ValueError(
-                f"the layer has num_features={self.num_features}, but x of shape {shape} has {shape[self.axis]} "
-                f"channels along axis {self.axis}; build BatchNorm({shape[self.axis]}) or set axis to x's channel axis"
+                f"the layer has num_features={self.num_features}, but x of shape {x.shape} has {found} "
+                f"channels along axis {self.axis}; build BatchNorm({found}) or set axis to x's channel axis"
             )
 
     def _state(self) -> dict[str, Any]:

@@ -148,9 +148,7 @@ class Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"cannot merge Moments of {self.mean.shape[0]} channels with Moments of {other.mean.shape[0]} channels"
-            )
+            raise ValueError(f"cannot merge Moments of {self.mean.shape[0]} channels with Moments of {other.mean.shape[0]} channels")
         # From the heavier set, so that the correction, whose rounding is all that is lost, is the smaller one.
         a, b = (self, other) if self.count >= other.count else (other, self)
         if b.count == 0:

@@ -161,7 +161,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
             "backward": TABLE["backward", p.family, backward.traversal],
         },
         threads=dispatch.threads_for(x.size),
-        streamed=frame.streams((x, *frame.fresh), False),  # y's strides; its address matters to masks alone
+        streamed=frame.streams(x, frame.fresh[0], False),  # y's strides; its address matters to masks alone
         copied=bool(reason),
         reason=reason or "the kernels read x where it is",
     )

@@ -1,6 +1,7 @@
 """The formulas of batch normalisation, once, as plain scalar functions that each backend compiles for itself.
 
-They take and return Python, Numba CPU or CUDA scalars and know nothing of arrays or threads.
+They take and return Python, Numba CPU or CUDA scalars, or the CPU's lanes of channels (kernels/cpu/simd/exact.py), and know nothing of
+arrays or threads.
 
 References
 ----------
@@ -10,6 +11,11 @@ Knuth (1969), TAOCP 2, section 4.2.2, theorem B (the error of a floating-point s
 """
 
 import math
+
+
+def where(condition, a, b):
+    """a if the condition holds, else b; lane by lane."""
+    return a if condition else b
 
 
 def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
@@ -39,14 +45,11 @@ def float32_anchor(mean, var, scale, beta):
     1.2e-7 with the mean. A constant channel needs the mean, to give exactly beta. A scale that is NaN gives NaN in any arithmetic.
     """
     size = abs(scale)
-    if size != size:
-        return 0.0
-    if abs(mean) <= 2.0**103 and (2.0**-126 <= size <= 2.0**127 or size == 0.0):
-        if var > 0.0 and abs(beta - mean * scale) <= min(3.0, abs(beta) + 2.0):
-            return 0.0
-        if abs(beta) + abs(mean) * size * 2.0**-24 <= 3.0:
-            return mean
-    return math.nan
+    fits = (abs(mean) <= 2.0**103) & ((size >= 2.0**-126) & (size <= 2.0**127) | (size == 0.0))
+    largest = where(abs(beta) + 2.0 < 3.0, abs(beta) + 2.0, 3.0)
+    zero = fits & (var > 0.0) & (abs(beta - mean * scale) <= largest) | (size != size)
+    near = fits & (abs(beta) + abs(mean) * size * 2.0**-24 <= 3.0)
+    return where(zero, 0.0, where(near, mean, math.nan))
 
 
 def float32_products_hold(a, largest, std, count):

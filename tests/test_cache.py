@@ -35,16 +35,16 @@ print(json.dumps(found, sort_keys=True))
 FINISH = """
 import numpy as np
 from fastbn.kernels.cpu import cache, channels, variants
+from fastbn.kernels.cpu.arguments import PLACES, Channels, Shape
 
 def finish():
-    table, absent = np.zeros((channels.TABLE_ROWS, 3)), np.zeros((0, 0, 0))
-    tensor = absent, 0, 0
-    vectors = tuple((np.full(3, value), 8, 8) for value in (2.0, 0.0, 0.0, 3.0, 0.0))  # gamma, beta, mean, var, low
-    data, shape, options = (tensor, tensor, None, None, None, None), (0, 3, *[0] * 8), (None, None, None)
-    numbers = 1.0, 0.0, 1.0, 0.0, False, False, (0, 0, 0)
+    table, absent, constants = np.zeros((channels.TABLE_ROWS, 3)), np.zeros(0), np.zeros(PLACES + 3, np.int64)
+    constants[Shape._fields.index("C")], constants[PLACES - len(Channels._fields) : PLACES] = 3, 8
+    vectors = [np.full(3, value) for value in (2.0, 0.0, 0.0, 3.0, 0.0)]  # gamma, beta, mean, var, low
+    arrays, options = (absent, absent, None, None, None, None, *vectors, table, absent), (None, None, None)
     code = variants.compiled("one", (channels.finish_given,), "float64")
-    alone = [np.zeros(1, np.int64)] * 3 + [0, 1, 0, -1, (1,)]
-    code(*alone, (data, vectors, shape, options, numbers, table, absent, absent))
+    alone = [np.zeros(1, np.int64)] * 3 + [0, 1, 0, -1, np.ones(1, np.int64)]
+    code(*alone, arrays, options, (1.0, 0.0, 1.0, 0.0, False, False), constants)
     right = (table[channels.INVSTD] == 0.5).all() and (table[channels.SCALE] == 1.0).all()
     dispatcher = next(iter(variants._compiled.values()))[0]
     return right, "loaded" if sum(dispatcher._cache_hits.values()) else "compiled"
@@ -84,9 +84,7 @@ def only_file(path):
 
 def cold(number, **env):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(subprocesses.PATHS), "NUMBA_OPT": "0", **env}
-    done = subprocess.run(
-        [sys.executable, "-c", COLD, str(number)], env=environment, capture_output=True, text=True, timeout=900
-    )
+    done = subprocess.run([sys.executable, "-c", COLD, str(number)], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

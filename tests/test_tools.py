@@ -121,7 +121,6 @@ def test_weights_are_considered():
     assert fastbn.explain(x).fold > 1
     assert fastbn.explain(x, sample_weight=True).fold == 1
 
-
     for given, fold in ((np.ones(90), 1), (np.ones((90, 5, 5), bool), 1), (np.True_, 1), (False, 3), (None, 3)):
         assert (fastbn.explain(x, sample_weight=given).fold > 1) == (fold > 1)
     with pytest.raises(ValueError, match=r"sample_weight has shape \(5,\)"):
@@ -156,9 +155,7 @@ def test_empty_array():
     assert "no kernel runs" in str(explanation)
 
 
-@pytest.mark.parametrize(
-    "x", [[[1.0]], np.zeros(3), np.zeros((2, 2), int), np.ma.zeros((2, 2))], ids=["list", "1-D", "int", "masked"]
-)
+@pytest.mark.parametrize("x", [[[1.0]], np.zeros(3), np.zeros((2, 2), int), np.ma.zeros((2, 2))], ids=["list", "1-D", "int", "masked"])
 def test_explain_refuses_what_the_functions_refuse(x):
     with pytest.raises((TypeError, ValueError)) as by_explain:
         fastbn.explain(x)
@@ -332,5 +329,5 @@ def test_numbers_that_stand_twice():
     from fastbn.kernels.cpu import columns, columns_backward, simd
 
     schedule = dispatch.schedule(layout.layout_of((8, 4, 4, 32), (2048, 512, 128, 4), 3, 4, False), 4, 1)
-    assert schedule.scratch[0] == max(columns.TEMPORARY_ROW, columns_backward.TEMPORARY_ROW) + 1
+    assert schedule.shape.scratch_rows == max(columns.TEMPORARY_ROW, columns_backward.TEMPORARY_ROW) + 1
     assert layout.LANES == simd.LANES

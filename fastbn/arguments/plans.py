@@ -1,8 +1,9 @@
 """One look at each array of a call, and one plan for all calls that are alike.
 
-`look` makes a key of what it sees: shape, strides, dtype, alignment and writability of each array, which optional ones are there, axis and
-flags. For a key there is one plan (fastbn/common/plan.py), made by `_make`: checks, then the backend's part. A call whose key is known goes
-on at once; any other, arrays of other kinds among them, takes the longer way through `_look_closely`.
+`look` makes a key of what it sees: shape, dtype, alignment, contiguity and writability of each array, which optional ones are there, axis
+and flags. For a key there is one plan (fastbn/common/plan.py), made by `_make`: checks, then the backend's part. A call whose key is known
+goes on at once. Any other takes the longer way through `_look_closely`: arrays of other kinds, and those that are not contiguous, for
+which a second key has the strides too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from fastbn.arguments import checks, kinds, scalars
 from fastbn.common.context import Context
-from fastbn.common.facts import facts_of
+from fastbn.common.facts import brief_facts_of, contiguous, facts_of, regular
 from fastbn.common.plan import Plan
 from fastbn.cpu.backend import CpuPlan
 from fastbn.cuda.arrays import Exchange
@@ -40,6 +41,7 @@ MOST_PLANS, MOST_BACKWARDS = 4096, 64
 _OTHER = object()
 
 _plans: dict[Any, Plan] = {}
+_ndarray = np.ndarray
 
 
 def look(operation: str, arrays: Arrays, axis: Any, training: bool, activation: Any) -> tuple[Any, Arrays, Exchange | None]:
@@ -52,7 +54,7 @@ def look(operation: str, arrays: Arrays, axis: Any, training: bool, activation: 
     """
     if type(axis) is not int:
         axis = scalars.whole(axis, "axis")
-    seen = [facts_of(a) if type(a) is np.ndarray else None if a is None else _OTHER for a in arrays]
+    seen = [brief_facts_of(a) if type(a) is _ndarray else None if a is None else _OTHER for a in arrays]
     key = operation, axis, training, activation, *seen
     try:
         return _plans[key], arrays, None
@@ -62,7 +64,7 @@ def look(operation: str, arrays: Arrays, axis: Any, training: bool, activation: 
 
 def look_back(operation: str, ctx: Context, arrays: Arrays) -> tuple[Any, Arrays, Exchange | None]:
     """The same of a backward's call; `arrays` are those behind x."""
-    seen = tuple([facts_of(a) if type(a) is np.ndarray else None if a is None else _OTHER for a in arrays])
+    seen = tuple([brief_facts_of(a) if type(a) is _ndarray else None if a is None else _OTHER for a in arrays])
     x = ctx.x
     if type(x) is np.ndarray:
         try:
@@ -82,17 +84,18 @@ def _look_closely(
         seen: list[Any] = [None if a is None else facts_of(a) for a in arrays]
     else:
         # CuPy's arrays can always be written, and their flags do not know the word.
-        seen = [
-            None if a is None else (a.shape, a.strides, a.dtype, a.data.ptr % 16, getattr(a.flags, "writeable", True)) for a in arrays
-        ]
+        seen = [None if a is None else (a.shape, a.strides, a.dtype, a.data.ptr % 16, getattr(a.flags, "writeable", True)) for a in arrays]
     relu = scalars.activation(activation)
+    on_gpu = type(arrays[0]) is not np.ndarray
+    facts = seen
+    if not on_gpu and all(f is None or contiguous(f) for f in seen):  # the key that a quick look makes
+        facts, seen = [f and (f[0], *f[2:]) for f in seen], [f and regular(f) for f in seen]
     if forward is None:
-        plans, most, key = _plans, MOST_PLANS, (operation, axis, training, activation, *seen)
+        plans, most, key = _plans, MOST_PLANS, (operation, axis, training, activation, *facts)
     else:
-        plans, most, key = forward.backwards, MOST_BACKWARDS, (operation, tuple(seen[1:]))
+        plans, most, key = forward.backwards, MOST_BACKWARDS, (operation, tuple(facts[1:]))
     plan = plans.get(key)
     if plan is None:
-        on_gpu = type(arrays[0]) is not np.ndarray
         plan = _make(on_gpu, operation, tuple(seen), axis, training, relu, forward)
         if len(plans) >= most:
             plans.clear()

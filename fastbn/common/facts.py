@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.common.axes import dense_strides
+
 # Bits of NumPy's `array.flags.num`, NPY_ARRAY_... in its C interface.
-ALIGNED, WRITEABLE = 0x0100, 0x0400
+C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x0001, 0x0100, 0x0400
 # Every boundary that matters to a kernel divides this one.
 BOUNDARY = 16
 
@@ -69,6 +71,19 @@ class Seen(NamedTuple):
 
 # The facts of a NumPy array, as a tuple that a key is made of. One call in C: 0.7 of the time of four attributes in Python.
 facts_of = attrgetter("shape", "strides", "dtype", "flags.num")
+# All facts of an array whose elements lie side by side in the order of the axes, which the flags tell: 0.7 of the time again.
+brief_facts_of = attrgetter("shape", "dtype", "flags.num")
+
+
+def contiguous(facts: tuple[Any, ...]) -> bool:
+    """Whether `brief_facts_of` says all of an array of these facts."""
+    return bool(facts[3] & C_CONTIGUOUS)
+
+
+def regular(facts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The facts of a contiguous array as if no axis had length 1, whose stride may be anything."""
+    shape, _, dtype, flags = facts
+    return shape, dense_strides(tuple(range(len(shape))), shape, dtype.itemsize), dtype, flags
 
 
 def seen_by_numpy(facts: tuple[Any, ...]) -> Seen:

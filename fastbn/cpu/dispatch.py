@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fastbn.cpu.layout import LANES, STREAM_FROM, Layout
 from fastbn.cpu.threads import BELL, get_num_threads, importing, parallel
 from fastbn.cpu.uninterrupted import uninterrupted
+from fastbn.kernels.cpu.arguments import Shape
 from fastbn.kernels.rows import FOUND
 
 #                  kernel          file, split into
@@ -114,10 +115,8 @@ class Schedule:
         What kernels are split into, and how many there are.
     pieces : int
         Kernel calls at least, so that Ctrl-C is noticed.
-    shape : tuple of int
+    shape : Shape
         The group of arguments of that name (kernels/cpu/arguments.py).
-    partial, scratch : tuple of int
-        Shapes of the float64 workspace: moments of blocks; one thread's.
     """
 
     traversal: str
@@ -126,15 +125,8 @@ class Schedule:
     block: int
     tasks: Mapping[str, int]
     pieces: int
-    shape: tuple[int, ...]
-    partial: tuple[int, int, int]
-    scratch: tuple[int, int]
-    by_program: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)  # the number of tasks of each kernel of a program
-
-    def tasks_of(self, splits: tuple[str, ...]) -> tuple[int, ...]:
-        """How many tasks kernels have that are split so."""
-        self.by_program[splits] = tasks = tuple(self.tasks[split] for split in splits)
-        return tasks
+    shape: Shape
+    by_program: dict[Program, NDArray[np.int64]] = field(default_factory=dict)  # the number of tasks of each kernel
 
 
 @lru_cache(maxsize=4096)
@@ -148,7 +140,6 @@ def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, tra
     traversal, group, blocks, rows, tasks = _cut(p, itemsize, tensors, widest, training)
     width = group * p.S * p.folded
     part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
-    shape = p.N, p.C, p.S, p.rows, p.tail_columns, p.folded, group, rows, part, BLOCK
     pieces = 1 + p.count * p.C * itemsize // PIECE
     scratch = (group, 4 * LANES)
     if p.family == "columns":
@@ -156,7 +147,8 @@ def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, tra
         scratch = (6, -(-width // LANES) * LANES + LANES)
         tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // part))
     tasks[""] = 1
-    return Schedule(traversal, group, blocks, rows, tasks, pieces, shape, (p.C, blocks, 4), scratch)
+    shape = Shape(p.N, p.C, p.S, p.rows, p.tail_columns, p.folded, group, blocks, rows, part, BLOCK, *scratch)
+    return Schedule(traversal, group, blocks, rows, tasks, pieces, shape)
 
 
 def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
@@ -235,39 +227,39 @@ def cut(tasks: int, unit: int, threads: int, least: int) -> NDArray[np.int64]:
 
 
 _NOTHING = np.empty(0, np.int64)  # the board and the cuts of a thread that shares with none
-_ALL, _PHASES = -1, 8  # as in kernels/cpu/team.py, which imports Numba
+_ALL, PHASES = -1, 8  # as in kernels/cpu/team.py, which imports Numba
 
 
-def run(this: Program, s: Schedule, arguments: tuple[Any, ...], threads: int, first: int = 0) -> tuple[int, int]:
-    """Run the kernels of a program from `first` on, until one finds something that the caller has to see to: (which, what it returned).
+def run(this: Program, s: Schedule, arguments: tuple[Any, ...], threads: int, first: int = 0) -> int:
+    """Run the kernels of a program from `first` on, until one finds something that the caller has to see to.
 
-    (0, 0) where none does. Kernels of a forward find channels that float32 lanes cannot do, or whose statistics are not finite; those of
-    a backward find channels that do not suit float32 sums.
+    What that one returned times PHASES, and which it is; 0 where none does. Kernels of a forward find channels that float32 lanes cannot
+    do, or whose statistics are not finite; those of a backward find channels that do not suit float32 sums.
     """
-    splits = this.splits
-    tasks = s.by_program.get(splits) or s.tasks_of(splits)
+    tasks = s.by_program.get(this)
+    if tasks is None:
+        tasks = s.by_program[this] = np.array([s.tasks[split] for split in this.splits], np.int64)
     if threads == 1 and s.pieces == 1 and first == 0:  # a small call: the shortest way
-        found = this.code(BELL, _NOTHING, _NOTHING, 0, len(tasks), 0, _ALL, tasks, arguments)
-        return divmod(found, _PHASES)[::-1] if found else (0, 0)
+        return this.code(BELL, _NOTHING, _NOTHING, 0, len(tasks), 0, _ALL, tasks, *arguments)  # type: ignore[no-any-return]
     for phase in range(first, len(tasks)):
         found = _run_phase(this, phase, s, arguments, tasks, threads)
         if found:
-            return phase, found
-    return 0, 0
+            return found * PHASES + phase
+    return 0
 
 
-def _run_phase(this: Program, phase: int, s: Schedule, arguments: tuple[Any, ...], tasks: tuple[int, ...], threads: int) -> int:
+def _run_phase(this: Program, phase: int, s: Schedule, arguments: tuple[Any, ...], tasks: NDArray[np.int64], threads: int) -> int:
     """Let threads run one kernel of a program; the sum of what it returned."""
     split = this.splits[phase]
     if not split:
-        return int(this.code(BELL, _NOTHING, _NOTHING, 0, 1, 0, _ALL - 1 - phase, tasks, arguments)) // _PHASES
-    cuts = cut(tasks[phase], s.group if split == "channels" else 1, threads, s.pieces)
+        return int(this.code(BELL, _NOTHING, _NOTHING, 0, 1, 0, _ALL - 1 - phase, tasks, *arguments)) // PHASES
+    cuts = cut(int(tasks[phase]), s.group if split == "channels" else 1, threads, s.pieces)
     pieces = len(cuts) - 1
     turns = pieces + 1 if s.pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
     board = np.zeros(3, np.int64)
 
     def work(thread: int) -> None:
-        this.code(BELL, board, cuts, pieces, turns, thread, phase, tasks, arguments)
+        this.code(BELL, board, cuts, pieces, turns, thread, phase, tasks, *arguments)
 
     parallel(work, board, pieces, threads)
     return int(board[FOUND])

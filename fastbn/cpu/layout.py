@@ -126,9 +126,7 @@ def layout_of(
 
 
 @lru_cache(maxsize=4096)
-def tensor_strides(
-    p: Layout, axis: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
-) -> tuple[int, int] | None:
+def tensor_strides(p: Layout, axis: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int] | None:
     """(row stride, channel stride) in elements with which the kernels read an array under layout `p`, or None: copy it first."""
     fitting = strides_in(p.order, axis, shape, strides, itemsize)
     if fitting is None:

@@ -7,6 +7,7 @@ Nothing of x's size is made, but for the outputs and for inputs whose strides or
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +22,6 @@ from fastbn.cpu.dispatch import Schedule
 
 Array = NDArray[Any]
 Strides = tuple[int, int]  # of rows and of channels, in elements
-Tensor = tuple[Array, int, int]
 
 LINE = 64
 # Where in a channel the three values lie whose median is the shift of its moments, as shares of its length. They are irregular, as data is
@@ -93,42 +93,68 @@ class Frame:
         """What makes such an array, in the shortest way."""
         return partial(self.empty, dtype) if self.large or self.inverse is not None else partial(np.empty, self.in_memory, dtype)
 
-    def copied(self, a: Array) -> Tensor:
-        """A tensor of a copy, for an array that the kernels cannot read where it is."""
+    def copied(self, a: Array) -> Array:
+        """A copy, with the strides `fresh`, of an array that the kernels cannot read where it is."""
         copy = self.empty(a.dtype.newbyteorder("="))
         copy[...] = a
-        return copy, *self.fresh
+        return copy
 
-    def write(
-        self, out: Array | None, strides: Strides | None, dtype: np.dtype[Any], made: list[tuple[Array, Array]]
-    ) -> tuple[Array, Tensor]:
-        """(array to return, tensor to write). What is to be copied after the kernels, (array, from where), joins `made`.
+    def write(self, out: Array | None, strides: Strides | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """The array to return, and the one that kernels write, which is to be copied to it where they are two.
 
-        Without `out` a new array of `dtype` in x's memory order; a new one too where the kernels cannot write `out` directly.
+        Without `out` a new array of `dtype` in x's memory order; kernels write another where they cannot write `out` directly.
         """
         if out is not None and strides is not None:
-            return out, (out, *strides)
+            return out, out
         if out is None:
             out = self.empty(dtype)  # y has x's dtype, byte order included
             if dtype.isnative:
-                return out, (out, *self.fresh)
-        copy = self.empty(dtype.newbyteorder("="))
-        made.append((out, copy))
-        return out, (copy, *self.fresh)
+                return out, out
+        return out, self.empty(dtype.newbyteorder("="))
 
-    def streams(self, y: Tensor, with_mask: bool) -> bool:
-        """Whether output is written around the cache: it is large, and rows keep the alignment that this needs."""
+    def streams(self, y: Array, row: int, with_mask: bool) -> bool:
+        """Whether output is written around the cache: it is large, and its rows, `row` values apart, keep the alignment that this needs."""
         p = self.layout
         if not self.large or p.family == "planes":
             return self.large
         boundary = min(LINE, layout.LANES * self.itemsize)
-        return y[1] * self.itemsize % boundary == 0 and not (with_mask and address(y[0]) % boundary)
+        return row * self.itemsize % boundary == 0 and not (with_mask and address(y) % boundary)
 
-    def streams_both(self, dx: Tensor, dresidual: Tensor | None) -> bool:
+    def streams_both(self, dx: Array, row: int, dresidual: Array | None) -> bool:
         """The same of dx and dresidual: where one vector is aligned, so must be the other."""
-        if not self.streams(dx, False):
+        if not self.streams(dx, row, False):
             return False
-        return dresidual is None or (dx[1] == dresidual[1] and (address(dx[0]) - address(dresidual[0])) % LINE == 0)
+        return dresidual is None or (row == self.fresh[0] and (address(dx) - address(dresidual)) % LINE == 0)
+
+
+# Float64 values that a thread keeps as workspace for small calls: 256 kB.
+KEPT = 1 << 15
+
+
+class _OfThread(threading.local):
+    """The workspace of a thread. Nothing in it outlives the call of machine code that it is for, which nothing interrupts."""
+
+    workspace = np.empty(0)
+
+
+_mine = _OfThread()
+
+
+def new_workspace(size: int) -> Array:
+    """Uninitialised float64 memory that starts at a cache line, as all vectors in it then do."""
+    raw = np.empty(size + LINE // 8)
+    start = -address(raw) % LINE // 8
+    return raw[start : start + size]
+
+
+def workspace(one_call: bool, size: int) -> Array:
+    """Memory for `size` float64 values; that of the thread for one call of machine code, which takes a quarter of the time."""
+    if not one_call or size > KEPT:
+        return new_workspace(size)
+    mine: Array = _mine.workspace
+    if mine.size == 0:
+        mine = _mine.workspace = new_workspace(KEPT)
+    return mine
 
 
 def address(a: Array) -> int:
@@ -137,7 +163,5 @@ def address(a: Array) -> int:
 
 
 def native(a: Array) -> Array:
-    """a itself, or a copy in native byte order at an aligned address."""
-    if a.dtype.isnative and a.flags.aligned:
-        return a
-    return np.array(a, dtype=a.dtype.newbyteorder("="), order="K")
+    """a itself, or a contiguous copy in native byte order at an aligned address."""
+    return np.require(a, a.dtype.newbyteorder("="), ["A", "C"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbn.common.plan import Plan
 from fastbn.cpu import dispatch, layout
@@ -16,6 +17,7 @@ from fastbn.cpu.layout import Layout
 from fastbn.cpu.memory import Frame
 from fastbn.cpu.weights import kind_of
 from fastbn.kernels import rows
+from fastbn.kernels.cpu.arguments import FORWARD_TENSORS, PLACES, Gradients, whole_lines
 
 # What running statistics can hold.
 LARGEST = {size: float(np.finfo(name).max) for size, name in ((4, "float32"), (8, "float64"))}
@@ -81,8 +83,8 @@ class CpuPlan(Plan):
         Names of the optional arguments that are there; compile-time flags as kernels take them.
     mask : (words, row stride, channel stride) or None
         Of the ReLU's mask.
-    channels : tuple of (byte stride, itemsize)
-        Of gamma, beta, mean and var as kernels reach them; itemsize 0 for what is absent.
+    channels : tuple of int
+        Bytes of a value of gamma, beta, mean and var; 0 for what is absent.
     x_at, out_at, residual_at, dy_at : (int, int) or None
         The strides of arrays of x's shape that kernels reach where they are; None for those that are copied, or absent.
     """
@@ -100,7 +102,7 @@ class CpuPlan(Plan):
             given = before.dtype_of("gamma"), before.dtype_of("beta")
             self.foreign = any(d is not None and not d.isnative for d in given)
             self.parameters = tuple(None if d is None else d.newbyteorder("=") for d in given)
-            self.parameter_sizes = tuple((0, 0) if d is None else (d.itemsize, d.itemsize) for d in given)
+            self.parameter_sizes = tuple(0 if d is None else d.itemsize for d in given)
         if self.empty:
             return
         self.frame: Frame
@@ -119,10 +121,10 @@ class CpuPlan(Plan):
         # An output in memory of its own, which is what most calls want, and all that it takes.
         writes = self.operation not in ("moments", "reduce") and "out" not in seen
         self.fresh = self.frame.maker(self.x_dtype) if writes and self.x_dtype.isnative else None
-        self.table_shape, self.grads_shape = (rows.TABLE_ROWS, self.C), (rows.BACKWARD_ROWS, self.C)
+        self.table_shape = rows.TABLE_ROWS, self.C
         self.values = float(self.count)
         self._plan_kernels()
-        self.shift_places = self.places(self.frame.shift_places)
+        self.constants = self._constants()
 
     def _plan_kernels(self) -> None:
         """Which kernels run, how the work is cut, and which optional arguments they have."""
@@ -149,24 +151,25 @@ class CpuPlan(Plan):
         self.program: Program | None = None
         self.options = self._options(self.present)
         self.constant = self.frozen or operation == "reduce"
-        # Where statistics are given, no blocks are summed.
-        self.partial = (0, 0, 0) if self.run == "inference" else self.schedule.partial
+        shape = self.schedule.shape
+        # Given statistics are those of no block, given sums as if of one.
+        blocks = {"inference": 0, "apply": 1}.get(self.run, shape.blocks)
+        self.shape = shape._replace(blocks=blocks)
+        grads = rows.BACKWARD_ROWS * self.C if TENSORS[operation] == 2 else 0
+        self.workspace = whole_lines(grads) + whole_lines(4 * self.C * blocks)
+        self.scratch = shape.scratch_rows * shape.scratch_columns
+        # Whether a call is one of machine code, after which nobody reads the workspace.
+        self.one_call = not self.parallel and self.schedule.pieces == 1 and operation not in ("reduce", "apply")
+        self.large = self.frame.large
 
-    def _channels(self) -> tuple[tuple[int, int], ...]:
-        """(byte stride, itemsize) of gamma, beta, mean and var as kernels reach them; itemsize 0 for what is absent."""
+    def _channels(self) -> tuple[int, ...]:
+        """Bytes of a value of gamma, beta, mean and var; 0 for what is absent. Kernels read contiguous ones, and copies of others."""
         names = ("mean", "var") if self.operation == "inference" else ("running_mean", "running_var")
-        steps = []
-        self.copied_channels = False
-        for name in ("gamma", "beta", *names):
-            a = self.seen.get(name)
-            if a is None:
-                steps.append((0, 0))
-            else:
-                self.copied_channels = self.copied_channels or not a.plain
-                size = a.dtype.itemsize
-                steps.append((a.strides[0] if a.plain else size, size))
-        self.limit = LARGEST[min((size for _, size in steps[2:] if size), default=8)]
-        return tuple(steps)
+        given = [self.seen.get(name) for name in ("gamma", "beta", *names)]
+        self.copied_channels = any(a is not None and not (a.plain and a.strides[0] == a.dtype.itemsize) for a in given)
+        sizes = tuple(0 if a is None else a.dtype.itemsize for a in given)
+        self.limit = LARGEST[min((size for size in sizes[2:] if size), default=8)]
+        return sizes
 
     def _options(self, present: tuple[str, ...]) -> tuple[bool | None, ...]:
         """The group of arguments of that name (kernels/cpu/arguments.py): True or None."""
@@ -191,16 +194,36 @@ class CpuPlan(Plan):
         present = (*(name for name in self.present if not name.endswith("weight")), "lanes64", "leftovers")
         return dispatch.program("leftovers", self.family, "sweeps", self.dtype, present)
 
-    def places(self, three: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
-        """Three places (n, s) of a channel as offsets in it."""
+    def _constants(self) -> NDArray[np.int64]:
+        """The integers that all calls have in common, in the order of kernels/cpu/arguments.py."""
+        fresh, p = self.frame.fresh, self.frame.layout
+        x = self.x_at or fresh
+        y = self.written = x if self.operation in ("moments", "reduce") else self.out_at or fresh
+        weight = (1, 0) if self.weights_kind == "row_weight" else (p.S + (layout.LANES if p.family == "columns" else 0), 1)
+        mask = (0, 0) if self.mask is None else self.mask[1:]
+        if self.forward is None:
+            tensors = {"x": x, "y": y, "residual": self.residual_at or fresh, "weight": weight, "mask": mask}
+            vectors = [*self.channels[:2], *([8] * 3 if self.operation == "forward_apply" else (*self.channels[2:], 0))]
+            order = FORWARD_TENSORS
+            places = self._places(self.frame.shift_places)
+        else:
+            tensors = {"x": x, "dy": self.dy_at or fresh, "dx": y, "dresidual": fresh, "weight": weight, "mask": mask}
+            vectors = [*self.parameter_sizes] if self.operation == "backward" else [0, 0]
+            order, places = Gradients._fields, ()
+        strides = (stride for name in order for stride in tensors[name])
+        return np.array([*self.shape, *strides, *vectors, *places], np.int64)
+
+    def constants_at(self, three: tuple[tuple[int, int], ...]) -> NDArray[np.int64]:
+        """The same with other places for the shift."""
+        constants: NDArray[np.int64] = self.constants.copy()
+        constants[PLACES:] = self._places(three)
+        return constants
+
+    def _places(self, three: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+        """Places (n, s) of a channel as offsets in it."""
         stride = (self.x_at or self.frame.fresh)[0] // self.frame.layout.folded
-        (a, i), (b, j), (c, k) = three
-        return a * stride + i, b * stride + j, c * stride + k
+        return tuple(n * stride + s for n, s in three)
 
     def new_mask(self) -> Any:
         """Memory for a mask, or None."""
         return None if self.mask is None else np.empty(self.mask[0], np.uint16)
-
-    def masked(self, mask: Any) -> Any:
-        """The mask as kernels take it."""
-        return None if mask is None or self.mask is None else (mask, *self.mask[1:])

@@ -150,5 +150,3 @@ def block_totals(weights: Weights, p: Layout, s: Schedule) -> Array:
         return np.add.reduceat(values.reshape(p.N, p.S), starts, axis=1, dtype=np.float64).reshape(-1)
     totals: Array = times * np.add.reduceat(values, np.arange(0, p.N * row, s.block * row), dtype=np.float64)
     return totals
-
-

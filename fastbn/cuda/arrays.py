@@ -18,10 +18,7 @@ Array = Any  # cupy.ndarray, or what is exchanged for one
 
 # Arrays of others that can be had as CuPy arrays, and back, without a copy: (CuPy's function, module, its function for the way back).
 # PyTorch's and CuPy's streams wait for each other in DLPack's exchange.
-_EXCHANGES = {
-    "torch": ("from_dlpack", "torch", "from_dlpack"),
-    "numba": ("asarray", "numba.cuda", "as_cuda_array"),
-}
+_EXCHANGES = {"torch": ("from_dlpack", "torch", "from_dlpack"), "numba": ("asarray", "numba.cuda", "as_cuda_array")}
 _CONVERT = "cupy.asarray({0}), or cupy.from_dlpack({0})"
 
 

@@ -4,7 +4,7 @@ What calls them, and knows of arrays and threads, is fastbn/cpu.
 
 | module | holds |
 |---|---|
-| `arguments` | the groups of arguments that all kernels take |
+| `arguments`, `groups` | what the host passes; the groups of arguments that all kernels take |
 | `planes`, `planes_backward` | channels first: forward_, stats_, normalise_planes; backward_, reduce_, apply_planes |
 | `columns`, `columns_backward` | channels last, NC, short planes: the same of columns |
 | `channels` | once a channel: finish_stats, finish_given, finish_backward, update_running |

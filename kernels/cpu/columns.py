@@ -26,37 +26,30 @@ Tried and lost: four vectors of a row at a time in a tile of the statistics (no 
 A tensor is a tuple (pointer, stride of a row, stride of a channel), in elements. `scratch[thread]` holds vectors by column.
 """
 
-from fastbn.kernels.cpu.channels import (
-    ANCHOR,
-    MEAN,
-    SCALE,
-    finish_blocks,
-    found,
-    is_written,
-    moments_of_sums,
-    open_column,
-    shift_is_far,
-    shift_of_channel,
-)
+from fastbn.kernels.cpu.channels import ANCHOR, MEAN, SCALE, find_shifts, finish_channels, found, is_written, moments_of_sums, shift_is_far
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.planes import flush_bits, normalise, normalise_masked
 from fastbn.kernels.cpu.simd import (
     LANES,
     bias,
+    exact_lanes,
     fence,
     first_lanes,
-    get,
+    how_many,
     lanes_memory,
     lanes_to_boundary,
     load,
     load_masked,
     moved,
+    needs_two_words,
     prefetch,
     prefetch_once,
-    put,
+    put_lanes,
     read,
     row,
+    splat,
     store,
+    store_masked,
     vectors,
 )
 from fastbn.kernels.cpu.strips import (
@@ -73,6 +66,7 @@ from fastbn.kernels.cpu.strips import (
     weight_vector,
 )
 from fastbn.kernels.cpu.sums import add_value, weight_of_block
+from fastbn.kernels.formulas import where
 
 # Rows of a thread's scratch: constants and accumulators by column.
 SHIFT_ROW, SUM_ROW, SQUARE_ROW = range(3)
@@ -113,13 +107,14 @@ def gather_block(x, weight, block_weights, shift_places, first, last, tail_colum
     c0, channels, column, width = strip_of(strip, shape)
     shifts, sums, squares = vectors(scratch, SHIFT_ROW), vectors(scratch, SUM_ROW), vectors(scratch, SQUARE_ROW)
     count = weight_of_block(block_weights, block, (last - first) * shape.S * shape.folded + tail_columns // shape.C)
-    for c in range(c0, c0 + channels):
-        partial[c, block, 0], partial[c, block, 3] = count, shift_of_channel(x, c, shift_places)
+    averages, m2s, around = vectors(partial[block], 1), vectors(partial[block], 2), vectors(partial[block], 3)
+    for c in range(c0, c0 + channels, LANES):
+        n = min(LANES, c0 + channels - c)
+        store_masked(vectors(partial[block], 0), c, splat(count), n)
+        find_shifts(x, c, n, shift_places, around)
     distance = prefetch_distance(x, width)
     for attempt in range(2):
-        for c in range(channels):
-            put(sums, c, partial[c0 + c, block, 3])
-        spread_to_columns(shifts, sums, channels, S, width)
+        spread_to_columns(shifts, moved(around, c0), channels, S, width)
         clear(sums, width)
         clear(squares, width)
         r, end = first, last + (tail_columns > 0)
@@ -131,22 +126,25 @@ def gather_block(x, weight, block_weights, shift_places, first, last, tail_colum
         sum_over_columns(sums, channels, S, width)
         sum_over_columns(squares, channels, S, width)
         off = 0
-        for c in range(channels):
-            d, m2 = moments_of_sums(get(sums, c), get(squares, c), count)
-            partial[c0 + c, block, 1], partial[c0 + c, block, 2] = d, m2
-            if attempt == 0 and shift_is_far(x, count, d, m2):
-                partial[c0 + c, block, 3] += d
-                off += 1
+        for c in range(0, channels, LANES):
+            n = min(LANES, channels - c)
+            d, m2 = moments_of_sums(exact_lanes(sums, c, n), exact_lanes(squares, c, n), count)
+            put_lanes(averages, c0 + c, d, n)
+            put_lanes(m2s, c0 + c, m2, n)
+            if attempt == 0 and needs_two_words(x):
+                far, shift = shift_is_far(count, d, m2), exact_lanes(around, c0 + c, n)
+                put_lanes(around, c0 + c, where(far, shift + d, shift), n)
+                off += how_many(far, n)
         if off == 0:
             break
 
 
 def stats_columns(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
-    """Moments of tasks first..last; task = block * strips + strip. A row of partial is (count, mean - shift, M2, shift)."""
+    """Moments of tasks first..last; task = block * strips + strip. Each is (count, mean - shift, M2, shift)."""
     x, _, _, weight, block_weights, _ = data
     R, block, shift_places = shape.rows, shape.block, numbers.shift_places
     strips = strips_of(shape)
-    blocks = partial.shape[1]
+    blocks = shape.blocks
     for task in range(first, last):
         b, strip = task // strips, task % strips
         r0, r1 = b * block, min((b + 1) * block, R)
@@ -276,14 +274,12 @@ def forward_columns(thread, first, last, data, channels, shape, options, numbers
     mine = scratch[thread]
     left_out = 0
     for strip in range(first, last):
-        for b in range(partial.shape[1]):
+        for b in range(shape.blocks):
             r0, r1 = b * block, min((b + 1) * block, R)
-            more = tail_columns if b == partial.shape[1] - 1 else 0
+            more = tail_columns if b == shape.blocks - 1 else 0
             gather_block(x, weight, block_weights, shift_places, r0, r1, more, strip, shape, mine, partial, b)
         c0, channels_here, column, width = strip_of(strip, shape)
-        for c in range(c0, c0 + channels_here):
-            open_column(table, channels, c)
-            left_out += finish_blocks(table, partial, c, numbers.eps)
+        left_out += finish_channels(table, partial, channels, c0, c0 + channels_here, shape.blocks, numbers.eps)
         spread_constants(table, mine, c0, channels_here, S, width, lanes64)
         # While y is streamed out, the next strip is prefetched: reads and writes overlap as in a copy.
         normalise_rows(x, y, residual, mask, relu, lanes64, 0, R, tail_columns, column, width, mine, streamed, True)

@@ -4,7 +4,7 @@ The layouts and the strips are those of columns.py, the formulas those of planes
 sweep everything once each; `backward_columns` takes short planes, or few rows, strip by strip, so that the second sweep reads the cache.
 """
 
-from fastbn.kernels.cpu.channels import COEF_A, COEF_B, MEAN, finish_blocks_backward
+from fastbn.kernels.cpu.channels import COEF_A, COEF_B, MEAN, finish_channels_backward
 from fastbn.kernels.cpu.columns import constant_row
 from fastbn.kernels.cpu.gradients import add_products, apply, apply_masked, close_sums, gradient, gradient_masked, open_sums
 from fastbn.kernels.cpu.helpers import inline
@@ -14,7 +14,6 @@ from fastbn.kernels.cpu.simd import (
     deviation,
     fence,
     first_lanes,
-    get,
     lanes64_unless,
     lanes_to_boundary,
     load,
@@ -32,6 +31,7 @@ from fastbn.kernels.cpu.simd import (
 )
 from fastbn.kernels.cpu.strips import (
     clear,
+    copy,
     largest_over_columns,
     next_position,
     next_tile,
@@ -112,19 +112,19 @@ def reduce_block(x, dy, weight, mask, lanes32, first, last, tail_columns, strip,
     sum_over_columns(vectors(scratch, DY_XMU_ROW), channels, S, width)
     if lanes32 is not None:
         largest_over_columns(most, channels, S, width)
-    for c in range(channels):
-        partial[c0 + c, block, 0] = get(vectors(scratch, DY_ROW), c)
-        partial[c0 + c, block, 1] = get(vectors(scratch, DY_XMU_ROW), c)
-        partial[c0 + c, block, 2] = 0.0 if lanes32 is None else get(most, c)
+    copy(vectors(partial[block], 0), c0, vectors(scratch, DY_ROW), channels)
+    copy(vectors(partial[block], 1), c0, vectors(scratch, DY_XMU_ROW), channels)
+    if lanes32 is not None:
+        copy(vectors(partial[block], 2), c0, most, channels)
 
 
 def reduce_columns(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
-    """Both sums of tasks first..last, and the largest g, into a row of partial; task = block * strips + strip."""
+    """Both sums of tasks first..last, and the largest g, into partial; task = block * strips + strip."""
     x, dy, _, _, weight, mask = gradients
     _, lanes32 = options
     R, block = shape.rows, shape.block
     strips = strips_of(shape)
-    blocks = partial.shape[1]
+    blocks = shape.blocks
     for task in range(first, last):
         b, strip = task // strips, task % strips
         r0, r1 = b * block, min((b + 1) * block, R)
@@ -224,16 +224,13 @@ def apply_columns(thread, first, last, gradients, channels, shape, options, numb
 def reduce_strip(gradients, channels, lanes32, strip, shape, table, grads, count, partial, scratch):
     """From the sums of a strip to its coefficients; how many of its channels do not suit float32 sums."""
     x, dy, _, _, weight, mask = gradients
-    R, block, blocks = shape.rows, shape.block, partial.shape[1]
+    R, block, blocks = shape.rows, shape.block, shape.blocks
     for b in range(blocks):
         r0, r1 = b * block, min((b + 1) * block, R)
         more = shape.tail_columns if b == blocks - 1 else 0
         reduce_block(x, dy, weight, mask, lanes32, r0, r1, more, strip, shape, table, scratch, partial, b)
     c0, channels_here, _, _ = strip_of(strip, shape)
-    left_out = 0
-    for c in range(c0, c0 + channels_here):
-        left_out += finish_blocks_backward(table, grads, channels, partial, c, count, False, lanes32)
-    return left_out
+    return finish_channels_backward(table, grads, channels, partial, c0, c0 + channels_here, blocks, count, False, lanes32)
 
 
 @inline

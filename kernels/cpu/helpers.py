@@ -9,7 +9,7 @@ what no helper has are left out: channels last from 4.1 to 3.7 s (both in turn, 
 
 import copy
 
-from numba import _dynfunc, njit
+from numba import _dynfunc, njit, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
@@ -59,11 +59,26 @@ class _HelperCompiler(Compiler):
 
 
 # A helper is never called from Python: it has no wrappers.
-inline = njit(
+_njit = njit(
     forceinline=True,
+    _nrt=False,
     nogil=True,
     error_model="numpy",
     no_cpython_wrapper=True,
     no_cfunc_wrapper=True,
     pipeline_class=_HelperCompiler,
 )
+
+
+def inline(function):
+    """A function as a helper.
+
+    Numba compiles it anew for every literal number that it is called with, for the same code once it is inlined: `set_lanes`, with a row
+    of the table, eight times in one kernel. Here it is compiled once for all numbers.
+    """
+    helper = _njit(function)
+    template_of = helper.get_call_template
+    helper.get_call_template = lambda args, kws: template_of(
+        tuple(types.unliteral(a) for a in args), {name: types.unliteral(a) for name, a in kws.items()}
+    )
+    return helper

@@ -22,19 +22,7 @@ The option `lanes64` says in which lanes y is computed. None: in float32 lanes, 
 for all channels, or with the option `leftovers` for those alone that do not fit.
 """
 
-from fastbn.kernels.cpu.channels import (
-    ANCHOR,
-    BETA,
-    LOW,
-    MEAN,
-    SCALE,
-    finish_channel,
-    found,
-    is_written,
-    open_column,
-    shift_is_far,
-    shift_of_channel,
-)
+from fastbn.kernels.cpu.channels import ANCHOR, BETA, LOW, MEAN, SCALE, finish_channels, found, is_written, shift_is_far, shift_of_channel
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd import (
     LANES,
@@ -44,6 +32,7 @@ from fastbn.kernels.cpu.simd import (
     fence,
     lanes_to_boundary,
     moved,
+    needs_two_words,
     plane,
     prefetch,
     prefetch_once,
@@ -58,10 +47,6 @@ from fastbn.kernels.cpu.simd import (
     where_bits,
 )
 from fastbn.kernels.cpu.sums import (
-    AVERAGE,
-    COUNT,
-    M2,
-    SHIFT,
     block_moments,
     end_block,
     gather,
@@ -71,6 +56,7 @@ from fastbn.kernels.cpu.sums import (
     load_sums,
     open_channel,
     save_sums,
+    set_block,
     weight_of_block,
 )
 
@@ -226,20 +212,17 @@ def forward_planes(thread, first, last, data, channels, shape, options, numbers,
     for start in range(first - group, last, group):
         stop = min(start + group, last)
         # from moments to the table
-        for c in range(start, stop):
-            row = c - start
-            if c >= first:
-                open_column(table, channels, c)
-                left_out += finish_channel(table, c, scratch[row, SHIFT], scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], eps)
-            if c + group < last:
-                open_channel(scratch, row, shift_of_channel(x, c + group, shift_places))
+        if start >= first:
+            left_out += finish_channels(table, partial, channels, start, stop, 1, eps)
+        for c in range(start + group, min(stop + group, last)):
+            open_channel(scratch, c - start - group, partial, c, shift_of_channel(x, c, shift_places))
         # y of this group, moments of the next
         for n in range(N):
             wp = plane(weight, n, 0)
             for c in range(start, stop):
                 row, a = c - start, c + group
                 if a < last:
-                    ahead, shift, sums = plane(x, n, a), scratch[row, SHIFT], load_sums(scratch, row)
+                    ahead, shift, sums = plane(x, n, a), partial[0, 3, a], load_sums(scratch, row)
                     if c >= first:
                         left, after = (min(stop + group, last) - a) * S, plane(x, n + 1, start + group)
                         sums = normalise_and_gather(
@@ -252,7 +235,7 @@ def forward_planes(thread, first, last, data, channels, shape, options, numbers,
                     if (n + 1) % block == 0 or n + 1 == N:
                         begin = n // block * block
                         count = weight_of_block(block_weights, n // block, (n + 1 - begin) * S)
-                        end_block(x, weight, count, a, begin, n + 1, S, scratch, row)
+                        end_block(x, weight, count, a, begin, n + 1, S, scratch, row, partial)
                 elif c >= first:
                     xp, yp, rp, mp = plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(mask, n, c)
                     normalise_plane(xp, yp, rp, mp, relu, lanes64, 0, S, channel_vectors(table, c, lanes64), streamed)
@@ -262,14 +245,14 @@ def forward_planes(thread, first, last, data, channels, shape, options, numbers,
 
 
 def stats_planes(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
-    """Moments of blocks first..last; block = channel * blocks + k. A row of partial is (count, mean - shift, M2, shift).
+    """Moments of blocks first..last; block = channel * blocks + k. Each is (count, mean - shift, M2, shift).
 
     A block is `block` whole planes, or, where a plane is longer than `segment`, one segment of a plane.
     """
     x, _, _, weight, block_weights, _ = data
     N, S, block, segment, shift_places = shape.N, shape.S, shape.block, shape.segment, numbers.shift_places
     segments = (S + segment - 1) // segment
-    blocks = partial.shape[1]
+    blocks = shape.blocks
     for task in range(first, last):
         c, b = task // blocks, task % blocks
         start = (b % segments) * segment
@@ -281,10 +264,10 @@ def stats_planes(thread, first, last, data, channels, shape, options, numbers, t
         d, m2 = 0.0, 0.0
         for attempt in range(2):
             d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, start, stop, shift), count)
-            if attempt == 1 or not shift_is_far(x, count, d, m2):
+            if attempt == 1 or not (needs_two_words(x) and shift_is_far(count, d, m2)):
                 break
             shift += d
-        partial[c, b, 0], partial[c, b, 1], partial[c, b, 2], partial[c, b, 3] = count, d, m2, shift
+        set_block(partial, b, c, count, d, m2, shift)
     return 0
 
 

@@ -20,7 +20,7 @@ Versions, in passes over memory (the floor is three):
 4. float32 lanes for half types: 32x512x28x28 in 0.66 of the time in float64 lanes, 8x64x56x56 on one thread in 0.5 (float16; both in turn).
 """
 
-from fastbn.kernels.cpu.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channel_backward
+from fastbn.kernels.cpu.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channels_backward, suits_float32
 from fastbn.kernels.cpu.gradients import add_products, apply, apply_masked, close_sums, gradient, gradient_masked, open_sums
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.planes import PREFETCH, head_of, prefetch_pointer
@@ -187,21 +187,34 @@ def reduce_channel(x, dy, weight, mask, table, c, n_first, n_last, start, stop, 
     sums = (zero, zero, rounded(zero, lanes))
     for n in range(n_first, n_last):
         sums = reduce_plane(plane(x, n, c), plane(dy, n, c), plane(mask, n, c), weight, start, stop, mean, low, sums)
+    return totals_of(sums)
+
+
+@inline
+def totals_of(sums):
+    """Sums and largest g of a channel, from those of its lanes."""
     return sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
+
+
+@inline
+def set_sums(partial, block, c, totals):
+    """The sums of a block of channel c."""
+    partial[block, 0, c], partial[block, 1, c], partial[block, 2, c] = totals
 
 
 # Numba drops the branches of an argument that is None, not those of a part of an argument: hence the two helpers.
 
 
 @inline
-def reduce_again(gradients, channels, table, grads, c, N, S, count, scratch, row, left_out, lanes32):
+def reduce_again(gradients, channels, table, grads, c, N, S, count, partial, scratch, row, lanes32):
     """The sums and coefficients of a channel that float32 sums do not suit, in float64."""
     if lanes32 is not None:
+        left_out = not suits_float32(table, grads, partial, c, 1, count)
         scratch[row, LEFT_OUT] = left_out
         if left_out:
             x, dy, _, _, weight, mask = gradients
-            s, p, most = reduce_channel(x, dy, weight, mask, table, c, 0, N, 0, S, True)
-            finish_channel_backward(table, grads, channels, c, s, p, most, count, False, None)
+            set_sums(partial, 0, c, reduce_channel(x, dy, weight, mask, table, c, 0, N, 0, S, True))
+            finish_channels_backward(table, grads, channels, partial, c, c + 1, 1, count, False, None)
 
 
 @inline
@@ -228,13 +241,13 @@ def backward_planes(thread, first, last, gradients, channels, shape, options, nu
     for start in range(first - group, last, group):
         stop = min(start + group, last)
         # from sums to coefficients
-        for c in range(start, stop):
-            row = c - start
-            if c >= first:
-                sums = load_totals(mine, row, lanes)
-                s, p, most = sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
-                left_out = finish_channel_backward(table, grads, channels, c, s, p, most, count, False, lanes32)
-                reduce_again(gradients, channels, table, grads, c, N, S, count, mine, row, left_out, lanes32)
+        if start >= first:
+            for c in range(start, stop):
+                set_sums(partial, 0, c, totals_of(load_totals(mine, c - start, lanes)))
+            finish_channels_backward(table, grads, channels, partial, start, stop, 1, count, False, lanes32)
+            for c in range(start, stop):
+                reduce_again(gradients, channels, table, grads, c, N, S, count, partial, mine, c - start, lanes32)
+        for row in range(stop - start):
             clear_totals(mine, row)
         # dx of this group, sums of the next
         for n in range(N):
@@ -268,20 +281,19 @@ def backward_planes(thread, first, last, gradients, channels, shape, options, nu
 
 
 def reduce_planes(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
-    """Both sums of blocks first..last, and the largest g, into a row of partial; blocks as in stats_planes."""
+    """Both sums of blocks first..last, and the largest g, into partial; blocks as in stats_planes."""
     x, dy, _, _, weight, mask = gradients
     _, lanes32 = options
     N, S, block, segment = shape.N, shape.S, shape.block, shape.segment
     segments = (S + segment - 1) // segment
-    blocks = partial.shape[1]
+    blocks = shape.blocks
     for task in range(first, last):
         c, b = task // blocks, task % blocks
         start = (b % segments) * segment
         stop = min(start + segment, S)
         n_first = b // segments * block
         n_last = min(n_first + block, N)
-        s, p, most = reduce_channel(x, dy, weight, mask, table, c, n_first, n_last, start, stop, lanes64_unless(lanes32))
-        partial[c, b, 0], partial[c, b, 1], partial[c, b, 2] = s, p, most
+        set_sums(partial, b, c, reduce_channel(x, dy, weight, mask, table, c, n_first, n_last, start, stop, lanes64_unless(lanes32)))
     return 0
 
 

@@ -110,6 +110,14 @@ def clear(p, width):
 
 
 @inline
+def copy(p, first, values, channels):
+    """p[first:first+channels] = values[:channels]."""
+    for c in range(0, channels, LANES):
+        n = min(LANES, channels - c)
+        store_masked(p, first + c, load_masked(values, c, n), n)
+
+
+@inline
 def next_tile(r, last):
     """Where the tile that starts at row r ends; the incomplete row `last`, if there is one, is a tile of its own."""
     return r + 1 if r == last else min(r + TILE, last)

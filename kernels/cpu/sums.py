@@ -8,6 +8,7 @@ from fastbn.kernels.cpu.simd import (
     first_lanes,
     load,
     load_masked,
+    needs_two_words,
     plane,
     splat,
     store,
@@ -16,9 +17,8 @@ from fastbn.kernels.cpu.simd import (
     where_bits,
 )
 
-# Columns of a scratch row: three vectors of accumulators, the last for the backward alone, then scalars.
+# Columns of a scratch row: three vectors of accumulators, the last for the backward alone.
 SUM, SQUARE, LARGEST = 0, LANES, 2 * LANES
-SHIFT, COUNT, AVERAGE, M2 = range(3 * LANES, 3 * LANES + 4)
 
 
 @inline
@@ -33,14 +33,17 @@ def add_value(sums, e, w):
 
 
 @inline
-def open_channel(scratch, row, shift):
-    """Start a channel: nothing gathered yet."""
+def open_channel(scratch, row, partial, c, shift):
+    """Start channel c, whose blocks are merged into one: nothing gathered yet."""
     zero = splat(0.0)
     save_sums(scratch, row, (zero, zero))
-    scratch[row, SHIFT] = shift
-    scratch[row, COUNT] = 0.0
-    scratch[row, AVERAGE] = 0.0
-    scratch[row, M2] = 0.0
+    set_block(partial, 0, c, 0.0, 0.0, 0.0, shift)
+
+
+@inline
+def set_block(partial, block, c, count, average, m2, shift):
+    """The moments of a block of channel c."""
+    partial[block, 0, c], partial[block, 1, c], partial[block, 2, c], partial[block, 3, c] = count, average, m2, shift
 
 
 @inline
@@ -63,11 +66,11 @@ def block_moments(sums, count):
 
 
 @inline
-def close_block(scratch, row, count, d, m2):
-    """Merge a block, whose mean is SHIFT + d, into the channel and start the next."""
+def close_block(scratch, row, partial, c, count, d, m2):
+    """Merge a block, whose mean is the shift + d, into the channel and start the next."""
     if count > 0.0:
-        n, d, m2 = merge(scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2], count, d, m2)
-        scratch[row, COUNT], scratch[row, AVERAGE], scratch[row, M2] = n, d, m2
+        n, d, m2 = merge(partial[0, 0, c], partial[0, 1, c], partial[0, 2, c], count, d, m2)
+        set_block(partial, 0, c, n, d, m2, partial[0, 3, c])
     zero = splat(0.0)
     save_sums(scratch, row, (zero, zero))
 
@@ -117,15 +120,15 @@ def weight_of_block(block_weights, block, elements):
 
 
 @inline
-def end_block(x, weight, count, c, n_first, n_last, S, scratch, row):
+def end_block(x, weight, count, c, n_first, n_last, S, scratch, row, partial):
     """From the sums of the planes n_first..n_last of a channel to moments, which are merged with those of the blocks before."""
-    shift = scratch[row, SHIFT]
+    shift = partial[0, 3, c]
     d, m2 = block_moments(load_sums(scratch, row), count)
-    if shift_is_far(x, count, d, m2):
+    if needs_two_words(x) and shift_is_far(count, d, m2):
         around = shift + d
         d, m2 = block_moments(gather_planes(x, weight, c, n_first, n_last, 0, S, around), count)
-        if scratch[row, COUNT] == 0.0:
-            scratch[row, SHIFT] = around
+        if partial[0, 0, c] == 0.0:
+            partial[0, 3, c] = around
         else:
             d += around - shift
-    close_block(scratch, row, count, d, m2)
+    close_block(scratch, row, partial, c, count, d, m2)

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fastbn.kernels.cpu.groups import element
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd import Pointer
 from fastbn.kernels.rows import DONE, FOUND, NEXT
@@ -32,16 +33,6 @@ LINGER = 30_000
 def _place(builder, array, k):
     """The address of element k of integers."""
     return builder.gep(array, [k], source_etype=ir.IntType(64))
-
-
-@intrinsic
-def element(typingctx, array, k):
-    """array[k]."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load(_place(builder, *args), typ=ir.IntType(64))
-
-    return types.int64(array, types.int64), codegen
 
 
 @intrinsic
@@ -64,40 +55,31 @@ def look_at(typingctx, board, k):
     return types.int64(board, types.int64), codegen
 
 
-def signature(groups, phases):
-    """The types that a program takes, from those of its kernels' groups of arguments."""
+def signature(groups):
+    """The types that a program takes, with those of its arrays, options and numbers."""
     integer = types.int64
-    tasks = types.UniTuple(integer, phases)
-    return INTEGERS, INTEGERS, INTEGERS, integer, integer, integer, integer, tasks, types.Tuple(groups)
+    return INTEGERS, INTEGERS, INTEGERS, integer, integer, integer, integer, INTEGERS, *groups, INTEGERS
 
 
 def _phases(kernels):
     """A helper that runs the kernel of a phase: compute(phase, thread, first, last, arguments)."""
-    last_phase = len(kernels) - 1
-    this = inline(kernels[last_phase])
+    this, more = inline(kernels[0]), kernels[1:]
+    others = _phases(more) if len(more) > 1 else this if not more else inline(more[0])
 
-    def compute(phase, thread, first, last, arguments):
+    def only(phase, thread, first, last, arguments):
         return this(thread, first, last, *arguments)
 
-    compute = inline(compute)
-    for k in reversed(range(last_phase)):
-        compute = _either(k, inline(kernels[k]), compute)
-    return compute
+    def either(phase, thread, first, last, arguments):
+        return this(thread, first, last, *arguments) if phase == 0 else others(thread, first, last, *arguments)
+
+    def several(phase, thread, first, last, arguments):
+        return this(thread, first, last, *arguments) if phase == 0 else others(phase - 1, thread, first, last, arguments)
+
+    return inline(several if len(more) > 1 else either if more else only)
 
 
-def _either(k, this, others):
-    """`this` as phase k, and whatever `others` runs."""
-
-    def compute(phase, thread, first, last, arguments):
-        if phase == k:
-            return this(thread, first, last, *arguments)
-        return others(phase, thread, first, last, arguments)
-
-    return inline(compute)
-
-
-def program(name, kernels):
-    """What one or several threads call; `arguments` are the kernels' groups behind (thread, first, last).
+def program(name, kernels, groups_of):
+    """What one or several threads call; `groups_of` makes the kernels' groups of arguments (groups.py).
 
     With phase ALL the calling thread is alone. Phase k runs over the tasks 0..tasks[k], and `turns` is the number of phases. The first
     phase that finds something is the last to run. With phase ALL - 1 - k and one turn it runs phase k alone. Board and cuts are not looked
@@ -113,8 +95,9 @@ def program(name, kernels):
     """
     compute = _phases(kernels)
 
-    def work(bell, board, cuts, pieces, turns, thread, phase, tasks, arguments):
+    def work(bell, board, cuts, pieces, turns, thread, phase, tasks, arrays, options, numbers, constants):
         alone = phase < 0
+        arguments = groups_of(arrays, options, numbers, constants, thread)
         if not alone and thread == 0:
             add_to(bell, 0, 1)
         heard = look_at(bell, 0)
@@ -124,7 +107,7 @@ def program(name, kernels):
             if alone:
                 if phase < ALL:
                     this = ALL - 1 - phase
-                last = tasks[this]
+                last = element(tasks, this)
             else:
                 k = add_to(board, NEXT, 1)
                 if k >= pieces:

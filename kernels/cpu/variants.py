@@ -1,7 +1,7 @@
 """From kernels written in Python to machine code: which types an argument's name stands for, and one compilation a variant of a program.
 
-A group of arguments (arguments.py) of one name has one type in every kernel of a forward, and one in every kernel of a backward. A variant
-is a dtype and the optional arguments that are present; the absent ones are of type None, which lets Numba drop their branches.
+What a program of a forward takes, and what one of a backward takes (arguments.py), has one type in each variant. A variant is a dtype and
+the optional arguments that are present; the absent ones are of type None, which lets Numba drop their branches.
 """
 
 import gc
@@ -12,66 +12,43 @@ from numba import njit, types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from fastbn.kernels.cpu import arguments, team
+from fastbn.kernels.cpu import arguments, groups, team
 from fastbn.kernels.cpu.cache import KernelCache
 from fastbn.kernels.cpu.simd import Pointer, bfloat16
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
-REAL, INTEGER, FLAG = types.float64, types.int64, types.boolean
+REAL, FLAG = types.float64, types.boolean
+# The kernels' first group of arguments tells a backward.
+BACKWARD = "gradients"
 
 
-def tensor(dtype):
-    """(pointer, stride of n or row, stride of c), in elements."""
-    return types.Tuple((Pointer(dtype), INTEGER, INTEGER))
+def is_backward(kernel):
+    """Whether a kernel takes the arguments of a backward."""
+    return tuple(inspect.signature(kernel).parameters)[3] == BACKWARD
 
 
-VECTOR = types.Tuple((Pointer(types.uint8), INTEGER, INTEGER))
+def signature(backward, dtype, present):
+    """The types of arrays, options and numbers, in the order of arguments.py."""
 
+    def array(name):
+        if name in ("x", "y", "dy", "dx"):
+            return Pointer(DTYPES[dtype])
+        if name in ("residual", "dresidual"):
+            return Pointer(DTYPES[dtype]) if name in present else types.none
+        if name == "mask":
+            return Pointer(types.uint16) if name in present else types.none
+        if name == "weight" and "narrow_weight" in present:
+            return Pointer(types.float32)
+        if name in ("weight", "block_weights"):
+            return Pointer(REAL) if "weight" in present or "row_weight" in present or "narrow_weight" in present else types.none
+        return Pointer(REAL if name in ("table", "workspace") else types.uint8)
 
-def _weight(present):
-    """Weights of every position in float64 or float32, or of whole rows or planes."""
-    if "row_weight" in present:
-        return types.Tuple((Pointer(REAL), INTEGER))
-    if "narrow_weight" in present:
-        return tensor(types.float32)
-    return tensor(REAL) if "weight" in present else types.none
-
-
-def group_type(name, dtype, present, backward):
-    """The Numba type of the group of arguments called `name`, in the kernels of a forward or of a backward."""
-
-    def optional(argument, given):
-        return given if argument in present else types.none
-
-    def named(group, *members):
-        alike = len(set(members)) == 1
-        return types.NamedUniTuple(members[0], len(members), group) if alike else types.NamedTuple(members, group)
-
-    data, weight, mask = tensor(DTYPES[dtype]), _weight(present), optional("mask", tensor(types.uint16))
-    if name == "data":
-        totals = types.none if weight is types.none else REAL[::1]
-        return named(arguments.Data, data, data, optional("residual", data), weight, totals, mask)
-    if name == "gradients":
-        return named(arguments.Gradients, data, data, data, optional("dresidual", data), weight, mask)
-    if name == "channels":
-        group = arguments.ChannelGradients if backward else arguments.Channels
-        return named(group, *[VECTOR] * len(group._fields))
-    if name == "shape":
-        return named(arguments.Shape, *[INTEGER] * len(arguments.Shape._fields))
-    if name == "options":
-        group = arguments.BackwardOptions if backward else arguments.ForwardOptions
-        return named(group, *(optional(field, FLAG) for field in group._fields))
-    if name == "numbers":
-        if backward:
-            return named(arguments.BackwardNumbers, REAL, FLAG, FLAG)
-        return named(arguments.ForwardNumbers, REAL, REAL, REAL, REAL, FLAG, FLAG, types.UniTuple(INTEGER, 3))
-    return {"table": REAL[:, ::1], "grads": REAL[:, ::1], "partial": REAL[:, :, ::1], "scratch": REAL[:, :, ::1]}[name]
-
-
-def signature(kernel, dtype, present):
-    """The types of the groups of arguments that a kernel takes behind (thread, first, last)."""
-    names = tuple(inspect.signature(kernel).parameters)[3:]
-    return tuple(group_type(name, dtype, present, names[0] == "gradients") for name in names)
+    arrays, options = (
+        (arguments.BackwardArrays, arguments.BackwardOptions) if backward else (arguments.ForwardArrays, arguments.ForwardOptions)
+    )
+    flags = [FLAG if name in present else types.none for name in options._fields]
+    numbers = (REAL, FLAG, FLAG) if backward else (REAL, REAL, REAL, REAL, FLAG, FLAG)
+    return groups.named(arrays, [array(name) for name in arrays._fields]), groups.named(options, flags), types.Tuple(numbers)
 
 
 @contextmanager
@@ -119,9 +96,15 @@ def compiled(name, kernels, dtype, present=()):
         # needs a kernel could wait for ever.
         with global_compiler_lock:
             if variant not in _compiled:
-                types_ = team.signature(signature(kernels[0], dtype, present), len(kernels))
-                dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(team.program(name, kernels))
-                dispatcher._cache = KernelCache(name)
+                backward = is_backward(kernels[0])
+                groups_of = groups.maker(backward, "row_weight" in present)
+                types_ = team.signature(signature(backward, dtype, present))
+                # Types do not tell all variants apart, neither in the cache nor as names of machine code.
+                full_name = "_".join((name, dtype, *present))
+                dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(
+                    team.program(full_name, kernels, groups_of)
+                )
+                dispatcher._cache = KernelCache(full_name)
                 with _written_in_vectors(), _without_collecting():
                     _compiled[variant] = dispatcher, dispatcher.compile(types_)
     return _compiled[variant][1]

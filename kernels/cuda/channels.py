@@ -70,9 +70,7 @@ def finish_channel(table, coefs, c, C, gamma, beta, mean, low, var, eps):
 
 
 @device
-def finish_stats(
-    table, coefs, c, C, shift, count, average, m2, gamma, beta, running_mean, running_var, momentum, eps, correction
-):
+def finish_stats(table, coefs, c, C, shift, count, average, m2, gamma, beta, running_mean, running_var, momentum, eps, correction):
     """Everything that follows from the moments of channel c around its shift; correction is n / (n - 1) or 1."""
     mean, low = exact_sum(shift, average)
     var = m2 / count

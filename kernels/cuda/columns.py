@@ -199,9 +199,7 @@ def stats_columns(kind, lanes, threads, widest, weighted=False):
         columns = wide * lanes
         rows_a_tile = high * per_tile
         column_tiles, _ = divide(C + columns - 1, columns)
-        column_tile, k, tx, ty, c, first = place(
-            wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.blockIdx.x)
-        )
+        column_tile, k, tx, ty, c, first = place(wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.blockIdx.x))
         inside = c < C
         end = min(rows, (k + 1) * chunk * rows_a_tile)
 
@@ -295,9 +293,7 @@ def normalise_columns(kind, lanes, threads, widest, relu, residual, given=False)
     room = PART if residual else 1
     cells = 4 * widest * lanes if given else 1
 
-    def normalise_columns(
-        x, y, residual_x, mask, rows, C, wide, chunk, coefs, gamma, beta, running_mean, running_var, eps
-    ):
+    def normalise_columns(x, y, residual_x, mask, rows, C, wide, chunk, coefs, gamma, beta, running_mean, running_var, eps):
         tile = cuda.local.array(PART, T)
         added = cuda.local.array(room, T)
         hi = cuda.local.array(lanes, T)
@@ -309,9 +305,7 @@ def normalise_columns(kind, lanes, threads, widest, relu, residual, given=False)
         rows_a_tile = high * per_tile
         column_tiles, _ = divide(C + columns - 1, columns)
         # Rows from last to first: what stats_columns has read last is still in the L2 cache.
-        column_tile, k, tx, _, c, row = place(
-            wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.gridDim.x - 1 - cuda.blockIdx.x)
-        )
+        column_tile, k, tx, _, c, row = place(wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.gridDim.x - 1 - cuda.blockIdx.x))
         end = min(rows, (k + 1) * chunk * rows_a_tile)
         if given:
             shared = cuda.shared.array(cells, T)

@@ -57,9 +57,7 @@ def reduce_columns(kind, lanes, threads, widest, relu, weighted=False):
         columns = wide * lanes
         rows_a_tile = high * per_tile
         column_tiles, _ = divide(C + columns - 1, columns)
-        column_tile, k, tx, ty, c, row = place(
-            wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.blockIdx.x)
-        )
+        column_tile, k, tx, ty, c, row = place(wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.blockIdx.x))
         inside = c < C
         end = min(rows, (k + 1) * chunk * rows_a_tile)
         for v in range(lanes):
@@ -160,9 +158,7 @@ def apply_columns(kind, lanes, threads, widest, relu, residual, frozen, weighted
         rows_a_tile = high * per_tile
         column_tiles, _ = divide(C + columns - 1, columns)
         # Rows from last to first: what reduce_columns has read last is still in the L2 cache.
-        column_tile, k, _, _, c, row = place(
-            wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.gridDim.x - 1 - cuda.blockIdx.x)
-        )
+        column_tile, k, _, _, c, row = place(wide, lanes, column_tiles, chunk, rows_a_tile, int64(cuda.gridDim.x - 1 - cuda.blockIdx.x))
         end = min(rows, (k + 1) * chunk * rows_a_tile)
         if c < C:
             for v in range(lanes):

@@ -97,9 +97,7 @@ def forward_planes(kind, lanes, held, relu, residual):
     words = held // TILE
     a_word = TILE // lanes  # vectors
 
-    def forward_planes(
-        x, y, residual_x, mask, N, C, S, table, coefs, gamma, beta, running_mean, running_var, momentum, eps, correction
-    ):
+    def forward_planes(x, y, residual_x, mask, N, C, S, table, coefs, gamma, beta, running_mean, running_var, momentum, eps, correction):
         scratch = cuda.shared.array(SCRATCH, T)
         kept = cuda.shared.array(4, int64)
         values = cuda.local.array(held, T)
@@ -212,9 +210,7 @@ def backward_planes(kind, lanes, held, relu, residual):
                     b[i % 4] += dy_values[k] * x_values[k]
         sum_dy, sum_xhat = block_sums((a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), scratch)
         if cuda.threadIdx.x == 0:
-            finish_backward(
-                table, grads, grad_coefs, c, C, float64(sum_dy), float64(sum_xhat), float64(N * S), dgamma, dbeta, 0
-            )
+            finish_backward(table, grads, grad_coefs, c, C, float64(sum_dy), float64(sum_xhat), float64(N * S), dgamma, dbeta, 0)
         cuda.syncthreads()
 
         # dx; x_values holds xhat by now

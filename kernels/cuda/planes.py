@@ -251,9 +251,7 @@ def normalise_planes(kind, lanes, relu, residual, given=False):
     per_tile, per_part = TILE // lanes, PART // lanes
     room = PART if residual else 1
 
-    def normalise_planes(
-        x, y, residual_x, mask, N, C, S, splits, chunk, coefs, gamma, beta, running_mean, running_var, eps
-    ):
+    def normalise_planes(x, y, residual_x, mask, N, C, S, splits, chunk, coefs, gamma, beta, running_mean, running_var, eps):
         tile = cuda.local.array(PART, T)
         added = cuda.local.array(room, T)
         # Channels from last to first: what stats_planes has read last is still in the L2 cache.

@@ -116,9 +116,7 @@ def apply_planes(kind, lanes, relu, residual, frozen, weighted=False):
     gradient = tile_gradient(T, frozen, weighted)
     masked = tile_masked(T, PART)
 
-    def apply_planes(
-        x, dy, dx, dresidual, weight, weight_n, weight_s, mask, N, C, S, splits, chunk, coefs, grad_coefs
-    ):
+    def apply_planes(x, dy, dx, dresidual, weight, weight_n, weight_s, mask, N, C, S, splits, chunk, coefs, grad_coefs):
         x_tile = cuda.local.array(PART, T)
         dy_tile = cuda.local.array(PART, T)
         # Channels from last to first: what reduce_planes has read last is still in the L2 cache.

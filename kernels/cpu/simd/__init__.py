@@ -23,7 +23,9 @@ float32 and narrower is computed in ``f32x16`` where that is as good: `read` giv
 ``deviation(p, v, mean, low)``       v - mean, and for p in float64 also - low: the mean as two words
 ``deviation_if_float64(...)``        the same of float64, v of narrower values; ``constant_term`` makes the constant term fit
 ``needs_two_words(tensor)``          whether these need the second word, so that p is float64
-``get_channel``, ``put_channel``     one value of a channel, float32 or float64 as is known at run time
+``exact_lanes``, ``put_lanes``       sixteen channels of workspace, for formulas that give the bits they give of scalars (exact.py)
+``values_of``, ``set_values``        the same of a per-channel array, float32 or float64 as is known at run time
+``how_many(chosen, n)``              how many of the first n lanes a comparison of such lanes chose
 ``first_lanes(v, n)``                lanes 0..n-1 of v, the others 0
 ``bits_above_zero(v)``               int64, bit k set unless v[k] <= 0 (set for NaN)
 ``where_bits(v, bits)``              v where the bit is set, 0 elsewhere
@@ -60,16 +62,8 @@ from fastbn.kernels.cpu.simd.arithmetic import (
     sum_end,
     sum_lanes,
 )
-from fastbn.kernels.cpu.simd.elements import (
-    bits_above_zero,
-    get,
-    get_bits,
-    get_channel,
-    put,
-    put_bits,
-    put_channel,
-    where_bits,
-)
+from fastbn.kernels.cpu.simd.elements import bits_above_zero, get, get_bits, put, put_bits, where_bits
+from fastbn.kernels.cpu.simd.exact import as_float32, exact, exact_lanes, how_many, put_lanes, set_values, values_of
 from fastbn.kernels.cpu.simd.memory import (
     by_row,
     fence,
@@ -92,63 +86,4 @@ from fastbn.kernels.cpu.simd.memory import (
     stream,
     vectors,
 )
-from fastbn.kernels.cpu.simd.types import (
-    LANES,
-    Pointer,
-    Vector,
-    bfloat16,
-    f32x16,
-    f64x16,
-)
-
-__all__ = [
-    "LANES",
-    "Pointer",
-    "Vector",
-    "bfloat16",
-    "bias",
-    "bits_above_zero",
-    "by_row",
-    "constant_term",
-    "deviation",
-    "deviation_if_float64",
-    "f32x16",
-    "f64x16",
-    "fence",
-    "first_lanes",
-    "float32_sum",
-    "float64_sum",
-    "get",
-    "get_bits",
-    "get_channel",
-    "lanes64_unless",
-    "lanes_memory",
-    "lanes_to_boundary",
-    "largest",
-    "largest_lane",
-    "load",
-    "load_like",
-    "load_masked",
-    "load_masked_like",
-    "moved",
-    "needs_two_words",
-    "plane",
-    "prefetch",
-    "prefetch_once",
-    "put",
-    "put_bits",
-    "put_channel",
-    "read",
-    "read_masked",
-    "rounded",
-    "row",
-    "row_stride",
-    "splat",
-    "store",
-    "store_masked",
-    "stream",
-    "sum_end",
-    "sum_lanes",
-    "vectors",
-    "where_bits",
-]
+from fastbn.kernels.cpu.simd.types import LANES, Pointer, Vector, bfloat16, f32x16, f64x16

@@ -4,17 +4,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from fastbn.kernels.cpu.simd.types import (
-    F16,
-    F32,
-    F64,
-    I16,
-    I32,
-    LANES,
-    bfloat16,
-    constant,
-    vector_of,
-)
+from fastbn.kernels.cpu.simd.types import F16, F32, F64, I16, I32, LANES, bfloat16, constant, vector_of
 
 
 def _has(context, feature):

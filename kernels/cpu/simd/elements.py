@@ -2,25 +2,10 @@
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastbn.kernels.cpu.simd.conversions import widen
-from fastbn.kernels.cpu.simd.types import (
-    ELEMENTS,
-    F32,
-    F64,
-    I1,
-    I8,
-    I16,
-    I32,
-    I64,
-    absent_gives_none,
-    constant,
-    f64x16,
-    spread,
-    vector_of,
-)
+from fastbn.kernels.cpu.simd.types import ELEMENTS, F64, I1, I16, I32, I64, absent_gives_none, constant, f64x16, spread, vector_of
 
 
 @intrinsic
@@ -54,39 +39,6 @@ def put(typingctx, p, i, s):
         return context.get_dummy_value()
 
     return types.void(p, types.int64, types.float64), codegen
-
-
-@intrinsic
-def get_channel(typingctx, p, offset, size, absent):
-    """The float32 (of `size` 4) or float64 (8) at p + offset, in bytes, as float64; `absent` where the size is 0."""
-
-    def codegen(context, builder, sig, args):
-        pointer, offset, size, absent = args
-        result = cgutils.alloca_once_value(builder, absent)
-        at = builder.gep(pointer, [offset], source_etype=I8)
-        with builder.if_then(builder.icmp_signed("==", size, ir.Constant(I64, 4))):
-            builder.store(builder.fpext(builder.load(builder.bitcast(at, F32.as_pointer()), typ=F32), F64), result)
-        with builder.if_then(builder.icmp_signed("==", size, ir.Constant(I64, 8))):
-            builder.store(builder.load(builder.bitcast(at, F64.as_pointer()), typ=F64), result)
-        return builder.load(result)
-
-    return types.float64(p, types.int64, types.int64, types.float64), codegen
-
-
-@intrinsic
-def put_channel(typingctx, p, offset, size, value):
-    """Write what `get_channel` reads, rounded once; nothing where the size is 0."""
-
-    def codegen(context, builder, sig, args):
-        pointer, offset, size, value = args
-        at = builder.gep(pointer, [offset], source_etype=I8)
-        with builder.if_then(builder.icmp_signed("==", size, ir.Constant(I64, 4))):
-            builder.store(builder.fptrunc(value, F32), builder.bitcast(at, F32.as_pointer()))
-        with builder.if_then(builder.icmp_signed("==", size, ir.Constant(I64, 8))):
-            builder.store(value, builder.bitcast(at, F64.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(p, types.int64, types.int64, types.float64), codegen
 
 
 @intrinsic

@@ -31,13 +31,13 @@ def _size(dtype):
     return dtype.bitwidth // 8
 
 
-def _at(builder, pointer_type, pointer, index):
+def address_of(builder, dtype, pointer, index):
     """The address of the vector that starts at element `index`."""
-    element = builder.gep(pointer, [index], source_etype=ELEMENTS[pointer_type.dtype])
-    return builder.bitcast(element, vector_of(ELEMENTS[pointer_type.dtype]).as_pointer())
+    element = builder.gep(pointer, [index], source_etype=ELEMENTS[dtype])
+    return builder.bitcast(element, vector_of(ELEMENTS[dtype]).as_pointer())
 
 
-def _masked(builder, kind, dtype, result, arguments):
+def masked(builder, kind, dtype, result, arguments):
     """Call llvm.masked.load or llvm.masked.store for sixteen elements of dtype."""
     letter = {F16: "f16", F32: "f32", F64: "f64", I16: "i16"}[ELEMENTS[dtype]]
     function = ir.FunctionType(result, [a.type for a in arguments])
@@ -51,11 +51,11 @@ def _load(vector):
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
         raw = vector_of(ELEMENTS[dtype])
-        pointer = _at(builder, sig.args[0], args[0], args[1])
+        pointer = address_of(builder, sig.args[0].dtype, args[0], args[1])
         if sig.args[2:3] == (types.int64,):
             zero = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
             arguments = [pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[2]), zero]
-            value = _masked(builder, "load", dtype, raw, arguments)
+            value = masked(builder, "load", dtype, raw, arguments)
         else:
             value = builder.load(pointer, typ=raw)
             value.align = _size(dtype)
@@ -119,7 +119,7 @@ def store(typingctx, p, i, v):
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
         raw = narrow(context, builder, dtype, args[2])
-        builder.store(raw, _at(builder, sig.args[0], args[0], args[1])).align = _size(dtype)
+        builder.store(raw, address_of(builder, sig.args[0].dtype, args[0], args[1])).align = _size(dtype)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, v), codegen
@@ -131,10 +131,10 @@ def store_masked(typingctx, p, i, v, n):
 
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
-        pointer = _at(builder, sig.args[0], args[0], args[1])
+        pointer = address_of(builder, sig.args[0].dtype, args[0], args[1])
         raw = narrow(context, builder, dtype, args[2])
         arguments = [raw, pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[3])]
-        _masked(builder, "store", dtype, ir.VoidType(), arguments)
+        masked(builder, "store", dtype, ir.VoidType(), arguments)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, v, types.int64), codegen
@@ -152,7 +152,7 @@ def stream(typingctx, p, i, v):
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
         raw = narrow_to_stream(context, builder, dtype, args[2])
-        pointer = builder.bitcast(_at(builder, sig.args[0], args[0], args[1]), raw.type.as_pointer())
+        pointer = builder.bitcast(address_of(builder, sig.args[0].dtype, args[0], args[1]), raw.type.as_pointer())
         instruction = builder.store(raw, pointer)
         instruction.align = _boundary(dtype)
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))

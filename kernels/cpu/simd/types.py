@@ -57,15 +57,7 @@ def lanes(lanes64):
 
 bfloat16 = BFloat16()
 
-ELEMENTS = {
-    types.float32: F32,
-    types.float64: F64,
-    types.float16: F16,
-    bfloat16: I16,
-    types.uint8: I8,
-    types.uint16: I16,
-    types.int64: I64,
-}
+ELEMENTS = {types.float32: F32, types.float64: F64, types.float16: F16, bfloat16: I16, types.uint8: I8, types.uint16: I16, types.int64: I64}
 
 
 @register_model(Vector)
