@@ -331,3 +331,9 @@ def test_numbers_that_stand_twice():
     schedule = dispatch.schedule(layout.layout_of((8, 4, 4, 32), (2048, 512, 128, 4), 3, 4, False), 4, 1)
     assert schedule.shape.scratch_rows == max(columns.TEMPORARY_ROW, columns_backward.TEMPORARY_ROW) + 1
     assert layout.LANES == simd.LANES
+
+
+@pytest.mark.parametrize(("shape", "streamed"), [((8, 2048, 14, 14), False), ((8, 2048, 16, 16), True), ((8, 1400, 17, 17), True)], ids=str)
+def test_short_planes_off_a_line_of_memory_are_not_streamed(shape, streamed):
+    """Of all short planes, those that end off a line: it would be written in two parts."""
+    assert fastbn.explain(np.empty(shape, np.float32)).streamed == streamed
