@@ -53,7 +53,10 @@ def average(old, new, a, b):
 SCALAR = {name: getattr(formulas, name) for name in ("merge", "exact_sum", "backward_coefficients", "running_average", "float32_anchor")}
 
 
-@pytest.mark.parametrize("formula", [merge_mean, merge_m2, low_word, slope, average, channels.float32_anchor], ids=str)
+FORMULAS = [merge_mean, merge_m2, low_word, slope, average, channels.float32_anchor]
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=["mean", "m2", "low", "slope", "average", "anchor"])
 def test_formulas_on_lanes_give_the_bits_of_scalars(formula):
     rng = np.random.default_rng(0)
     cases = np.array([*itertools.product(NASTY, repeat=4)])
