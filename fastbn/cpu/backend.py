@@ -279,9 +279,8 @@ def _run_backward(
     )  # fmt: skip
     numbers = count, plan.constant, streamed
     program = plan.program or plan.compiled()
-    if run(
-        program, plan.schedule, (arrays, plan.options, numbers, plan.constants), threads
-    ):  # channels do not suit sums in float32, and nothing has been written
+    found = run(program, plan.schedule, (arrays, plan.options, numbers, plan.constants), threads)
+    if found:  # channels do not suit sums in float32, and nothing has been written
         run(plan.in_float64(), plan.schedule, (arrays, (None, None), numbers, plan.constants), threads)
     if written is not dx:
         dx[...] = written

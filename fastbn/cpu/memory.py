@@ -26,7 +26,7 @@ Strides = tuple[int, int]  # of rows and of channels, in elements
 LINE = 64
 # Bytes of a plane that is streamed although it ends off a line of memory, which is then written in two parts. Of 14x14 (784 bytes) in
 # float32, around the cache and through it, 1 and 2 threads: inference of 32x512x14x14 1.49 and 1.01 ms, 0.62 and 0.63; the forward of
-# 8x2048x14x14 2.8 and 1.2 ms, 1.5 and 0.8. Of 18x18 and longer planes the first is faster.
+# 8x2048x14x14 2.8 and 1.2 ms, 1.5 and 0.8. From 18x18 on the first is faster, but for inference on one thread up to 22x22.
 SHORTEST_STREAMED = 1024
 # Where in a channel the three values lie whose median is the shift of its moments, as shares of its length. They are irregular, as data is
 # not: the first, middle and last value of an image are its border and its centre.
