@@ -165,17 +165,18 @@ def _run_forward(
     out: Array | None, weights: Weights | None, eps: float, momentum: float = 0.0, correction: float = 1.0,
 ) -> Array:  # fmt: skip
     """y, and what else the program of a forward writes: table, mask, running statistics."""
+    frame = plan.frame
     if plan.fresh is not None:
         y = written = plan.fresh()
     elif plan.operation == "moments":  # nothing is written in the place of y
         y = written = x
     else:
-        y, written = plan.frame.write(out, plan.out_at, plan.x_dtype)
-    x_read = x if plan.x_at is not None else plan.frame.copied(x)
-    residual_read = residual if residual is None or plan.residual_at is not None else plan.frame.copied(residual)
+        y, written = frame.write(out, plan.out_at, plan.x_dtype)
+    x_read = x if plan.x_at is not None else frame.copied(x)
+    residual_read = residual if residual is None or plan.residual_at is not None else frame.copied(residual)
     weight, totals, constants = None, None, plan.constants
     if weights is not None:
-        weight, totals = weights.array, block_totals(weights, plan.frame.layout, plan.schedule)
+        weight, totals = weights.array, block_totals(weights, frame.layout, plan.schedule)
         constants = plan.constants_at(weights.shift_places)
     if plan.copied_channels:
         given, vectors = vectors, tuple(None if a is None else native(a) for a in vectors)
@@ -187,11 +188,12 @@ def _run_forward(
         NOTHING if var is None else var, NOTHING if low is None else low,
         table, workspace(plan.one_call, plan.workspace + threads * plan.scratch),
     )  # fmt: skip
-    streamed = plan.large and plan.frame.streams(written, plan.written[0], mask is not None)
+    streamed = frame.large and frame.streams(written, plan.written[0], mask is not None)
     numbers = eps, momentum, correction, plan.limit, False, streamed
-    found = run(plan.program or plan.compiled(), plan.schedule, (arrays, plan.options, numbers, constants), threads)
+    arguments = arrays, plan.options, numbers, constants
+    found = run(plan.program or plan.compiled(), plan.schedule, arguments, threads)
     if found:
-        _see_to(plan, found, (arrays, plan.options, numbers, constants), threads)
+        _see_to(plan, found, arguments, threads)
     if written is not y:
         y[...] = written
     if plan.copied_channels and plan.run == "forward":
@@ -266,7 +268,7 @@ def _run_backward(
     if plan.operation != "reduce":
         if plan.has_residual:
             dresidual, dresidual_written = frame.write(None, None, plan.x_dtype)
-        streamed = plan.large and frame.streams_both(written, plan.written[0], dresidual_written)
+        streamed = frame.large and frame.streams_both(written, plan.written[0], dresidual_written)
     weight = None if plan.frozen or ctx.weights is None else ctx.weights.array
     threads = get_num_threads() if plan.parallel else 1
     own = workspace(plan.one_call, plan.workspace + threads * plan.scratch)

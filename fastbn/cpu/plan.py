@@ -79,6 +79,8 @@ class CpuPlan(Plan):
         The keys of `dispatch.TABLE`: what the kernels do, and how they cross memory.
     schedule : Schedule
         How the work is cut.
+    kernel_shape : Shape
+        Its group of arguments of that name, with as many blocks as this operation has.
     present, options : tuple
         Names of the optional arguments that are there; compile-time flags as kernels take them.
     mask : (words, row stride, channel stride) or None
@@ -154,13 +156,12 @@ class CpuPlan(Plan):
         shape = self.schedule.shape
         # Given statistics are those of no block, given sums as if of one.
         blocks = {"inference": 0, "apply": 1}.get(self.run, shape.blocks)
-        self.shape = shape._replace(blocks=blocks)
+        self.kernel_shape = shape._replace(blocks=blocks)
         grads = rows.BACKWARD_ROWS * self.C if TENSORS[operation] == 2 else 0
         self.workspace = whole_lines(grads) + whole_lines(4 * self.C * blocks)
         self.scratch = shape.scratch_rows * shape.scratch_columns
         # Whether a call is one of machine code, after which nobody reads the workspace.
         self.one_call = not self.parallel and self.schedule.pieces == 1 and operation not in ("reduce", "apply")
-        self.large = self.frame.large
 
     def _channels(self) -> tuple[int, ...]:
         """Bytes of a value of gamma, beta, mean and var; 0 for what is absent. Kernels read contiguous ones, and copies of others."""
@@ -211,7 +212,7 @@ class CpuPlan(Plan):
             vectors = [*self.parameter_sizes] if self.operation == "backward" else [0, 0]
             order, places = Gradients._fields, ()
         strides = (stride for name in order for stride in tensors[name])
-        return np.array([*self.shape, *strides, *vectors, *places], np.int64)
+        return np.array([*self.kernel_shape, *strides, *vectors, *places], np.int64)
 
     def constants_at(self, three: tuple[tuple[int, int], ...]) -> NDArray[np.int64]:
         """The same with other places for the shift."""
