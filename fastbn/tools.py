@@ -153,8 +153,8 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
         fold=p.folded,
         road=training.traversal,
         backward_road=backward.traversal,
-        group=training.group,
-        blocks=training.blocks,
+        group=training.shape.group,
+        blocks=training.shape.blocks,
         kernels={
             "training forward": _computing(TABLE["forward", p.family, training.traversal]),
             "inference": TABLE["inference", inference.family, "sweeps"],

@@ -66,7 +66,7 @@ def look_back(operation: str, ctx: Context, arrays: Arrays) -> tuple[Any, Arrays
     """The same of a backward's call; `arrays` are those behind x."""
     seen = tuple([brief_facts_of(a) if type(a) is _ndarray else None if a is None else _OTHER for a in arrays])
     x = ctx.x
-    if type(x) is np.ndarray:
+    if type(x) is _ndarray:
         try:
             return ctx.plan.backwards[operation, seen], (x, *arrays), None
         except (KeyError, TypeError):
@@ -80,13 +80,13 @@ def _look_closely(
     """What `look` returns, for calls that are seen for the first time and for arrays of any kind."""
     names = NAMES[operation]
     arrays, exchange = kinds.taken(names, arrays)
-    if type(arrays[0]) is np.ndarray:
+    on_gpu = type(arrays[0]) is not _ndarray
+    if not on_gpu:
         seen: list[Any] = [None if a is None else facts_of(a) for a in arrays]
     else:
         # CuPy's arrays can always be written, and their flags do not know the word.
         seen = [None if a is None else (a.shape, a.strides, a.dtype, a.data.ptr % 16, getattr(a.flags, "writeable", True)) for a in arrays]
     relu = scalars.activation(activation)
-    on_gpu = type(arrays[0]) is not np.ndarray
     facts = seen
     if not on_gpu and all(f is None or contiguous(f) for f in seen):  # the key that a quick look makes
         facts, seen = [f and (f[0], *f[2:]) for f in seen], [f and regular(f) for f in seen]

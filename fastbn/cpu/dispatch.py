@@ -105,24 +105,15 @@ class Schedule:
     ----------
     traversal : str
         ``"channels"``, ``"strips"`` or ``"sweeps"``: the third key of `TABLE` for training.
-    group : int
-        Channels of a group or a strip.
-    blocks : int
-        Blocks of a channel, each summed before it is merged.
-    block : int
-        Rows (columns) or planes (planes) of a block.
     tasks : mapping of str to int
         What kernels are split into, and how many there are.
     pieces : int
         Kernel calls at least, so that Ctrl-C is noticed.
     shape : Shape
-        The group of arguments of that name (kernels/cpu/arguments.py).
+        The group of arguments of that name (kernels/cpu/arguments.py): channels of a group or a strip, blocks of a channel and so on.
     """
 
     traversal: str
-    group: int
-    blocks: int
-    block: int
     tasks: Mapping[str, int]
     pieces: int
     shape: Shape
@@ -148,7 +139,7 @@ def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, tra
         tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // part))
     tasks[""] = 1
     shape = Shape(p.N, p.C, p.S, p.rows, p.tail_columns, p.folded, group, blocks, rows, part, BLOCK, *scratch)
-    return Schedule(traversal, group, blocks, rows, tasks, pieces, shape)
+    return Schedule(traversal, tasks, pieces, shape)
 
 
 def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
@@ -253,7 +244,7 @@ def _run_phase(this: Program, phase: int, s: Schedule, arguments: tuple[Any, ...
     split = this.splits[phase]
     if not split:
         return int(this.code(BELL, _NOTHING, _NOTHING, 0, 1, 0, _ALL - 1 - phase, tasks, *arguments)) // PHASES
-    cuts = cut(int(tasks[phase]), s.group if split == "channels" else 1, threads, s.pieces)
+    cuts = cut(int(tasks[phase]), s.shape.group if split == "channels" else 1, threads, s.pieces)
     pieces = len(cuts) - 1
     turns = pieces + 1 if s.pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
     board = np.zeros(3, np.int64)

@@ -148,5 +148,5 @@ def block_totals(weights: Weights, p: Layout, s: Schedule) -> Array:
         if row == 1:
             return np.outer(values, np.diff(starts, append=p.S)).reshape(-1)
         return np.add.reduceat(values.reshape(p.N, p.S), starts, axis=1, dtype=np.float64).reshape(-1)
-    totals: Array = times * np.add.reduceat(values, np.arange(0, p.N * row, s.block * row), dtype=np.float64)
+    totals: Array = times * np.add.reduceat(values, np.arange(0, p.N * row, s.shape.block * row), dtype=np.float64)
     return totals

@@ -54,14 +54,6 @@ float32_products_hold = inline(formulas.float32_products_hold)
 
 
 @inline
-def shift_of_channel(x, c, shift_places):
-    """The median of three values of channel c: one outlier does not become the shift. `shift_places` are offsets."""
-    p = moved(x[0], c * x[2])
-    a, b, d = get(p, shift_places[0]), get(p, shift_places[1]), get(p, shift_places[2])
-    return max(min(a, b), min(max(a, b), d))
-
-
-@inline
 def smaller(a, b):
     return where(b < a, b, a)
 
@@ -72,13 +64,26 @@ def larger(a, b):
 
 
 @inline
+def median(a, b, d):
+    """The median of three scalars, or of three lanes."""
+    return larger(smaller(a, b), smaller(larger(a, b), d))
+
+
+@inline
+def shift_of_channel(x, c, shift_places):
+    """The median of three values of channel c: one outlier does not become the shift. `shift_places` are offsets."""
+    p = moved(x[0], c * x[2])
+    return median(get(p, shift_places[0]), get(p, shift_places[1]), get(p, shift_places[2]))
+
+
+@inline
 def find_shifts(x, c, n, shift_places, shifts):
     """shifts[c:c+n] = the shifts of channels c..c+n, 16 at most."""
     if x[2] == 1:
         a = exact(load_masked(x[0], shift_places[0] + c, n))
         b = exact(load_masked(x[0], shift_places[1] + c, n))
         d = exact(load_masked(x[0], shift_places[2] + c, n))
-        put_lanes(shifts, c, larger(smaller(a, b), smaller(larger(a, b), d)), n)
+        put_lanes(shifts, c, median(a, b, d), n)
     else:
         for i in range(c, c + n):
             put(shifts, i, shift_of_channel(x, i, shift_places))

@@ -18,13 +18,6 @@ from fastbn.kernels.cpu.simd import Pointer, bfloat16
 
 DTYPES = {"float32": types.float32, "float64": types.float64, "float16": types.float16, "bfloat16": bfloat16}
 REAL, FLAG = types.float64, types.boolean
-# The kernels' first group of arguments tells a backward.
-BACKWARD = "gradients"
-
-
-def is_backward(kernel):
-    """Whether a kernel takes the arguments of a backward."""
-    return tuple(inspect.signature(kernel).parameters)[3] == BACKWARD
 
 
 def signature(backward, dtype, present):
@@ -96,7 +89,7 @@ def compiled(name, kernels, dtype, present=()):
         # needs a kernel could wait for ever.
         with global_compiler_lock:
             if variant not in _compiled:
-                backward = is_backward(kernels[0])
+                backward = "gradients" in inspect.signature(kernels[0]).parameters
                 groups_of = groups.maker(backward, "row_weight" in present)
                 types_ = team.signature(signature(backward, dtype, present))
                 # Types do not tell all variants apart, neither in the cache nor as names of machine code.

@@ -37,7 +37,7 @@ def address_of(builder, dtype, pointer, index):
     return builder.bitcast(element, vector_of(ELEMENTS[dtype]).as_pointer())
 
 
-def masked(builder, kind, dtype, result, arguments):
+def _masked(builder, kind, dtype, result, arguments):
     """Call llvm.masked.load or llvm.masked.store for sixteen elements of dtype."""
     letter = {F16: "f16", F32: "f32", F64: "f64", I16: "i16"}[ELEMENTS[dtype]]
     function = ir.FunctionType(result, [a.type for a in arguments])
@@ -45,19 +45,29 @@ def masked(builder, kind, dtype, result, arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
+def masked_load(builder, dtype, pointer, i, n):
+    """Elements i..i+n as they lie in memory, zeros behind."""
+    raw = vector_of(ELEMENTS[dtype])
+    zero = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
+    arguments = [address_of(builder, dtype, pointer, i), ir.Constant(I32, _size(dtype)), lanes_below(builder, n), zero]
+    return _masked(builder, "load", dtype, raw, arguments)
+
+
+def masked_store(builder, dtype, pointer, i, raw, n):
+    """Elements i..i+n = raw[:n], as they lie in memory."""
+    arguments = [raw, address_of(builder, dtype, pointer, i), ir.Constant(I32, _size(dtype)), lanes_below(builder, n)]
+    _masked(builder, "store", dtype, ir.VoidType(), arguments)
+
+
 def _load(vector):
     """The code of a load, of all sixteen or of args[2], into these lanes."""
 
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
-        raw = vector_of(ELEMENTS[dtype])
-        pointer = address_of(builder, sig.args[0].dtype, args[0], args[1])
         if sig.args[2:3] == (types.int64,):
-            zero = ir.Constant(raw, [ir.Constant(raw.element, 0)] * LANES)
-            arguments = [pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[2]), zero]
-            value = masked(builder, "load", dtype, raw, arguments)
+            value = masked_load(builder, dtype, *args[:3])
         else:
-            value = builder.load(pointer, typ=raw)
+            value = builder.load(address_of(builder, dtype, args[0], args[1]), typ=vector_of(ELEMENTS[dtype]))
             value.align = _size(dtype)
         return widen(context, builder, dtype, value, vector.element)
 
@@ -131,10 +141,7 @@ def store_masked(typingctx, p, i, v, n):
 
     def codegen(context, builder, sig, args):
         dtype = sig.args[0].dtype
-        pointer = address_of(builder, sig.args[0].dtype, args[0], args[1])
-        raw = narrow(context, builder, dtype, args[2])
-        arguments = [raw, pointer, ir.Constant(I32, _size(dtype)), lanes_below(builder, args[3])]
-        masked(builder, "store", dtype, ir.VoidType(), arguments)
+        masked_store(builder, dtype, args[0], args[1], narrow(context, builder, dtype, args[2]), args[3])
         return context.get_dummy_value()
 
     return types.void(p, types.int64, v, types.int64), codegen
