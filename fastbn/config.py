@@ -50,10 +50,11 @@ def _version(*names: str) -> str:
 
 
 def _threads() -> str:
+    from fastbn.cpu.crew import wait_ms
     from fastbn.cpu.threads import get_num_threads
 
     try:
-        return f"{get_num_threads()} (FASTBN_NUM_THREADS, fastbn.set_num_threads)"
+        return f"{get_num_threads()} (FASTBN_NUM_THREADS, fastbn.set_num_threads), waiting {wait_ms():g} ms for a call (FASTBN_WAIT_MS)"
     except ValueError as error:  # what every large call raises: a bug report needs to show it
         return f"none: {error}"
 

@@ -20,6 +20,7 @@ from fastbn.cpu import dispatch
 from fastbn.cpu.dispatch import TABLE
 from fastbn.cpu.memory import Frame
 from fastbn.cpu.plan import present_arguments
+from fastbn.cpu.threads import get_num_threads
 from fastbn.cpu.weights import WEIGHT_KINDS
 
 Array = NDArray[Any]
@@ -160,7 +161,7 @@ def explain(x: Array, axis: int = 1, *, sample_weight: Array | bool | None = Non
             "inference": TABLE["inference", inference.family, "sweeps"],
             "backward": TABLE["backward", p.family, backward.traversal],
         },
-        threads=dispatch.threads_for(x.size),
+        threads=min(get_num_threads(), dispatch.most_threads(x.size)),
         streamed=frame.streams(x, frame.fresh[0], False),  # y's strides; its address matters to masks alone
         copied=bool(reason),
         reason=reason or "the kernels read x where it is",

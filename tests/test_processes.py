@@ -127,32 +127,26 @@ print(child == subprocesses.digest("small"))
 
 
 @FORKS
-def test_fork_while_a_thread_is_in_the_pool():
-    """The moment is made certain: the child starts with the pool taken and its workers gone."""
+def test_fork_while_a_call_is_on_the_desk():
+    """The moment is made certain: the child starts with a desk that is taken, its threads gone, and makes its own."""
     assert run("""
-import teams
-from fastbn.cpu import threads
+from fastbn.cpu import crew
+from fastbn.kernels import rows
+fastbn.set_num_threads(2)
 right = subprocesses.digest("planes")
-inside, go_on = threading.Barrier(3), threading.Event()
+crew.crew.desk[rows.OWNER] = crew.crew.desk[rows.JOB] = crew.crew.desk[rows.INSIDE] = 1  # as in the middle of a call
 
-def kernel(thread, first, last):
-    inside.wait()
-    go_on.wait(20)
+def threads_take_part():
+    stop = time.perf_counter() + 20
+    while time.perf_counter() < stop:
+        crew.crew.desk[rows.NAP] = 0
+        if subprocesses.digest("planes") != right:
+            return "wrong"
+        if crew.crew.desk[rows.SEATS]:
+            return "shared"
 
-thread = threading.Thread(target=teams.parallel, args=(kernel, 2, 1, 2))
-thread.start()
-inside.wait()
-assert threads._pool.at
-
-def two_threads_work():
-    meeting = threading.Barrier(2)
-    teams.parallel(lambda thread, first, last: meeting.wait(10), 2, 1, 2)
-    return subprocesses.digest("planes") == right
-
-print(in_fork(two_threads_work))
-go_on.set()
-thread.join()
-""") == ["True"]
+print(in_fork(threads_take_part))
+""") == ["shared"]
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
@@ -170,7 +164,7 @@ if __name__ == "__main__":
 
 
 def test_use_at_exit():
-    """In atexit and in a `__del__` that runs when modules are torn down, with a pool that has been used and with none yet."""
+    """In atexit and in a `__del__` that runs when modules are torn down, with threads that have been used and with none yet."""
     code = """
 import atexit, inputs
 x, p = inputs.normal((48, 20, 29, 31)), inputs.parameters(20)
@@ -182,8 +176,8 @@ def work():
 
 right = work()
 if PRISTINE:
-    from fastbn.cpu import threads
-    threads._pool = threads._Pool()  # no worker yet: the system refuses to start one at exit
+    from fastbn.cpu import crew
+    crew.crew = crew.Crew()  # no thread yet: the system refuses to start one at exit
 
 class Last:
     def __del__(self, work=work, right=right, write=os.write, ending=sys.is_finalizing):

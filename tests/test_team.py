@@ -1,7 +1,9 @@
-"""How a call is cut into pieces, and how threads take them from a board: every task once, nobody waits for ever."""
+"""How a call is cut into pieces, and how threads share it: every task once, whoever comes."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbn.cpu import dispatch
+from fastbn.cpu.crew import Crew
+from fastbn.kernels import rows
 from fastbn.kernels.cpu import team, variants
 from fastbn.kernels.cpu.arguments import PLACES, ForwardArrays, Shape, whole_lines
-from fastbn.kernels.rows import DONE, FOUND, NEXT
 
 
 def count(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
@@ -24,9 +27,13 @@ def count(thread, first, last, data, channels, shape, options, numbers, table, p
 
 
 def nothing(thread, first, last, data, channels, shape, options, numbers, table, partial, scratch):
-    """A kernel that finds nothing."""
+    """A kernel that finds nothing, and takes about a microsecond a task."""
     for task in range(first, last):
+        sum_ = 0.0
+        for k in range(300):
+            sum_ += 1.0 / (1.0 + sum_ + k)
         partial[0, 2, task] += 1.0
+        partial[0, 3, task] = sum_
     return 0
 
 
@@ -52,92 +59,116 @@ def compiled(name, *kernels):
 
 
 @pytest.fixture(scope="module")
-def work():
-    return compiled("count", count)
+def three():
+    return compiled("three", nothing, count, nothing)
 
 
-def call(work, board, cuts, turns, thread, partial, phase=0):
-    tasks = np.array([len(partial[0])])
-    return work(np.zeros(1, np.int64), board, cuts, len(cuts) - 1, turns, thread, phase, tasks, *partial.arguments)
+@pytest.fixture
+def crew():
+    """Two threads and a desk of their own."""
+    made = Crew()
+    made.gather(2)
+    yield made
+    made.dismiss()
 
 
-def alone(code, tasks, partial, turns=None, phase=team.ALL):
-    """(phase, found) of a call of all phases; bell, board and cuts are not read."""
-    absent = np.empty(0, np.int64)
-    found = code(absent, absent, absent, 0, turns or len(tasks), 0, phase, np.array(tasks), *partial.arguments)
-    return found % team.PHASES, found // team.PHASES
+def call(code, desk, cuts_of_phases, partial, members=1, first=0, last=None):
+    """(phase, found) of a call."""
+    cuts = dispatch._table(cuts_of_phases, 1)
+    found = code(desk, cuts, members, first, len(cuts_of_phases) if last is None else last, *partial.arguments)
+    return found % rows.PHASES, found // rows.PHASES
 
 
-def test_alone(work):
+NOBODY = np.empty(0, np.int64)  # the desk of a call that is not shared is not looked at
+
+
+def test_a_program_runs_its_kernels_in_order_until_one_finds_something(three):
     partial = Partial(10)
-    assert alone(work, (10,), partial) == (0, 10)
-    assert partial[0] == [1.0] * 10
-
-
-def test_a_program_runs_its_kernels_in_order_until_one_finds_something():
-    code, partial = compiled("three", nothing, count, nothing), Partial(10)
-    assert alone(code, (4, 10, 10), partial) == (1, 10)
+    assert call(three, NOBODY, ([0, 4], [0, 10], [0, 10]), partial) == (1, 10)
     assert partial[2] == [1.0] * 4 + [0.0] * 6
     assert partial[0] == [1.0] * 10
-    assert alone(code, (4, 0, 10), partial) == (0, 0)
+    assert call(three, NOBODY, ([0, 4], [0, 0], [0, 10]), partial) == (0, 0)
     assert partial[2] == [3.0] * 4 + [1.0] * 6
 
 
-def test_one_phase_alone():
-    code, partial = compiled("three", nothing, count, nothing), Partial(10)
-    assert alone(code, (10, 7, 10), partial, 1, team.ALL - 1 - 1) == (1, 7)
-    assert partial[0] == [1.0] * 7 + [0.0] * 3
+def test_some_of_the_phases_and_some_of_the_tasks(three):
+    partial = Partial(10)
+    assert call(three, NOBODY, ([0], [2, 5, 9], [0]), partial, 1, 1, 2) == (1, 7)
+    assert partial[0] == [0.0] * 2 + [1.0] * 7 + [0.0]
     assert partial[2] == [0.0] * 10
 
 
-def test_threads_share_one_phase():
-    code, partial, board = compiled("three", nothing, count, nothing), Partial(10), np.zeros(3, np.int64)
-    tasks = np.array([10, 10, 10])
-    assert code(np.zeros(1, np.int64), board, np.array([0, 10]), 1, 2, 0, 1, tasks, *partial.arguments) == 10
-    assert partial[0] == [1.0] * 10
-    assert partial[2] == [0.0] * 10
+def test_every_task_once(three, crew):
+    """Whoever comes: 300 calls with three seats, of which the threads take some."""
+    cuts, seats = [*range(0, 1000, 7), 1000], 0
+    for _ in range(300):
+        partial = Partial(1000)
+        assert call(three, crew.desk, (cuts, cuts, cuts), partial, 3) == (1, 1000)
+        assert partial[0] == partial[2] == [1.0] * 1000
+        assert set(partial[1]) <= {0.0, 1.0, 2.0}
+        assert not crew.desk[[rows.OWNER, rows.INSIDE]].any()
+        seats += crew.desk[rows.SEATS]
+    assert crew.desk[rows.JOB] == 600
+    assert seats > 0, "no thread ever came"
 
 
-def test_numbers_that_stand_twice():
-    """dispatch.py reads results without importing Numba."""
-    assert (dispatch._ALL, dispatch.PHASES) == (team.ALL, team.PHASES)
-    assert all(len(names) <= team.PHASES for names in dispatch.TABLE.values())
+def test_threads_take_part(three):
+    """Sooner or later, also after they have slept; or the tests of this module would hold nothing."""
+    crew = Crew()
+    crew.gather(1)
+    for _ in range(2):
+        stop = time.perf_counter() + 30
+        computed, partial = set(), Partial(1000)
+        while computed != {0.0, 1.0}:
+            assert time.perf_counter() < stop, "no thread came"
+            crew.desk[rows.NAP] = 0
+            call(three, crew.desk, ([*range(1001)], [*range(1001)], [0]), partial, 2, 0, 2)
+            computed |= set(partial[1])
+        time.sleep(0.05)
+    crew.dismiss()
 
 
-def test_turns(work):
-    """A call takes so many pieces at most; the next goes on behind them, and one behind the last takes none."""
-    partial, board, cuts = Partial(10), np.zeros(3, np.int64), np.array([0, 3, 6, 9, 10])
-    assert call(work, board, cuts, 2, 0, partial) == 6
-    assert board.tolist() == [2, 2, 6]
-    assert call(work, board, cuts, 5, 1, partial) == 4
-    assert call(work, board, cuts, 5, 1, partial) == 0
-    assert board[DONE] == 4
-    assert board[FOUND] == 10
-    assert partial[1] == [0.0] * 6 + [1.0] * 4
+def test_a_desk_that_is_taken(three, crew):
+    """Who finds another's call there does all the work itself; nobody's work gets mixed up."""
+    cuts = [*range(0, 1000, 7), 1000]
+
+    def caller(_):
+        for _ in range(100):
+            partial = Partial(1000)
+            if call(three, crew.desk, (cuts, cuts, cuts), partial, 3) != (1, 1000) or partial[0] != [1.0] * 1000:
+                return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(caller, range(6)))
+    crew.desk[rows.OWNER] = 1
+    jobs, partial = int(crew.desk[rows.JOB]), Partial(1000)
+    assert call(three, crew.desk, (cuts, cuts, cuts), partial, 3) == (1, 1000)
+    assert set(partial[1]) == {0.0}
+    assert crew.desk[rows.JOB] == jobs
 
 
-def test_every_task_once(work):
-    """Eight threads at one board, 200 times."""
-    cuts, start = np.arange(0, 1001, 2), threading.Barrier(8)
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(200):
-            partial, board = Partial(1000), np.zeros(3, np.int64)
-
-            def member(thread, board=board, partial=partial):
-                start.wait(timeout=30)
-                return call(work, board, cuts, len(cuts), thread, partial)
-
-            assert sum(pool.map(member, range(8))) == 1000
-            assert partial[0] == [1.0] * 1000
-            assert (board[DONE], board[FOUND]) == (500, 1000)
-            assert board[NEXT] >= 500
+def test_no_more_seats_than_members(three, crew):
+    cuts = [*range(0, 1000, 7), 1000]
+    for _ in range(300):
+        partial = Partial(1000)
+        call(three, crew.desk, (cuts, cuts, cuts), partial, 2)
+        assert set(partial[1]) <= {0.0, 1.0}
 
 
-def test_waiting_ends(work):
-    """A caller does not wait for ever for a piece that somebody took and did not compute; nor does a worker for the bell."""
-    board = np.array([1, 0, 0])
-    for thread in (0, 1):
-        assert call(work, board, np.array([0, 1]), 1, thread, Partial(1)) == 0
+def test_threads_leave(three):
+    """At STOP, be they awake or asleep when it is set, and called once more."""
+    before = threading.active_count()
+    crew = Crew()
+    crew.gather(2)
+    assert threading.active_count() == before + 2
+    crew.dismiss()
+    stop = time.perf_counter() + 30
+    while threading.active_count() > before:
+        assert time.perf_counter() < stop
+        crew.desk[rows.NAP] = 0
+        call(three, crew.desk, ([0, 1], [0, 0], [0, 1]), Partial(1), 3)
+        time.sleep(0.001)
 
 
 def test_names_of_machine_code_differ():
@@ -146,20 +177,40 @@ def test_names_of_machine_code_differ():
     assert a.__qualname__ != b.__qualname__
 
 
-@given(st.integers(1, 3000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 20))
-def test_cuts(tasks, unit, threads, least):
-    cuts = dispatch.cut(tasks, unit, threads, least)
-    sizes = np.diff(cuts)
-    assert (cuts[0], cuts[-1]) == (0, tasks)
-    assert (sizes > 0).all()
-    assert (cuts[:-1] % unit == 0).all()
-    units = -(-tasks // unit)
-    assert len(sizes) >= min(least, units) / 2  # a piece is rounded up to whole units
-    assert sizes.max() <= -(-units // least) * unit
-    if threads == 1:
-        assert len(sizes) <= least
-    else:
-        assert len(sizes) <= least + threads * (dispatch.SHARES + 8)
+def test_every_program_has_boards_for_its_phases():
+    assert all(len(names) <= rows.PHASES for names in dispatch.TABLE.values())
+
+
+@given(st.integers(0, 100), st.integers(1, 3000), st.integers(1, 64), st.integers(1, 64))
+def test_cuts(first, tasks, unit, threads):
+    first *= unit
+    cuts = dispatch.cut(first, first + tasks, unit, threads)
+    assert (cuts[0], cuts[-1]) == (first, first + tasks)
+    assert all(a < b for a, b in pairwise(cuts))
+    assert all(k % unit == 0 for k in cuts[:-1])
+    assert len(cuts) - 1 <= (1 if threads == 1 else threads * (dispatch.SHARES + 8))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+def test_calls_of_a_schedule(pieces, threads):
+    """Short: all phases in one. Long: several a phase, which together are all tasks once, in order, at whole groups of channels."""
+    program = dispatch.program("forward", "planes", "channels", "float32", ("lanes32",))
+    tasks, shape = {"channels": 100, "": 1}, Shape(*[8] * len(Shape._fields))
+    calls = dispatch._cuts(program, dispatch.Schedule("channels", tasks, pieces, shape, 5), threads)
+    if pieces == 1:
+        assert [call[:2] for call in calls] == [(0, 2)]
+    found = {phase: [] for phase in range(2)}
+    for first, last, cuts in calls:
+        assert cuts[0] == 5
+        for phase in range(first, last):
+            number, begin = cuts[2 * phase + 1 : 2 * phase + 3]
+            found[phase] += pairwise(cuts[begin : begin + number + 1].tolist())
+    for phase, n in enumerate((100, 1)):
+        assert [a for a, _ in found[phase]] == [0, *(b for _, b in found[phase][:-1])]
+        assert found[phase][-1][1] == n
+    assert all(a % 8 == 0 for a, _ in found[0])
+    assert len(calls) >= pieces
 
 
 def test_the_work_of_other_tests_is_for_several_threads():

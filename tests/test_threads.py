@@ -1,8 +1,9 @@
-"""Many Python threads at once, thread counts, and Numba's threading layers, which must never start."""
+"""Many Python threads at once, thread counts, threads that wait, and Numba's threading layers, which must never start."""
 
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import checks
@@ -10,15 +11,15 @@ import inputs
 import numpy as np
 import pytest
 import subprocesses
-import teams
 
 import fastbn
-from fastbn.cpu import dispatch, processors, threads
+from fastbn.cpu import crew, dispatch, processors, threads
+from fastbn.kernels import rows
 
 
 @pytest.fixture(autouse=True)
 def three_threads():
-    """Three threads, so that the pool is used whatever the machine; afterwards as before."""
+    """Three threads, so that calls are shared whatever the machine; afterwards as before."""
     before = fastbn.get_num_threads()
     fastbn.set_num_threads(3)
     yield
@@ -52,83 +53,82 @@ def test_sixteen_python_threads_give_the_single_threaded_bits(name):
                 assert_same(actual, expected, name)
 
 
-def test_the_pool_is_used():
-    """Or the tests of this module would hold nothing. A worker takes its share unless the caller is done before it wakes."""
-    seen = set()
-
-    def kernel(thread, first, last):
-        seen.add(threading.get_ident())
-        inside.wait(timeout=30)
-
-    inside = threading.Barrier(3)  # passes only with three threads in the kernel at once
-    teams.parallel(kernel, 3, 1, 3)
-    assert len(seen) == 3
-
-
-def test_a_second_caller_does_not_wait_for_the_first():
-    inside, go_on, seen = threading.Event(), threading.Event(), []
-
-    def slow(thread, first, last):
-        inside.set()
-        assert go_on.wait(timeout=30)
-
-    first = threading.Thread(target=teams.parallel, args=(slow, 2, 1, 2))
-    first.start()
-    assert inside.wait(timeout=30)
-    teams.parallel(lambda thread, first, last: seen.append((first, threading.get_ident())), 4, 1, 2)
-    go_on.set()
-    first.join(timeout=30)
-    assert sorted(seen) == [(k, threading.get_ident()) for k in range(4)]
+def test_threads_take_part(monkeypatch):
+    """Or the tests of this module would hold nothing."""
+    monkeypatch.setattr(crew, "crew", crew.Crew())
+    fastbn.set_num_threads(2)
+    x, parameters, stop = inputs.normal((48, 16, 32, 32)), inputs.parameters(16), time.perf_counter() + 30
+    came = 0
+    while came < 5:
+        assert time.perf_counter() < stop, "no thread came to any call"
+        crew.crew.desk[rows.NAP] = 0
+        fastbn.batch_norm_inference(x, *parameters)
+        came += crew.crew.desk[rows.SEATS] > 0
+    crew.crew.dismiss()
 
 
-def test_a_call_inside_a_kernel_is_served():
-    """As from a `__del__` that the garbage collector runs in the middle of a call."""
-    seen = []
-
-    def kernel(thread, first, last):
-        teams.parallel(lambda t, a, b: seen.append((first, a)), 2, 1, 2)
-
-    teams.parallel(kernel, 2, 1, 2)
-    assert sorted(seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+def right_without_help(monkeypatch):
+    """Whether calls are right, and nobody takes part in them."""
+    expected = single_threaded("planes")
+    monkeypatch.setattr(crew, "crew", crew.Crew())
+    assert_same(subprocesses.results("planes"), expected, "alone")
+    return not crew.crew.desk[rows.SEATS]
 
 
-def test_dead_workers_cost_nothing_but_speed(monkeypatch):
-    monkeypatch.setattr(threads, "_pool", threads._Pool())
-    monkeypatch.setattr(threads, "_serve", lambda queue: None)  # a worker that ends at once
-    seen = []
-    teams.parallel(lambda t, a, b: seen.extend(range(a, b)), 100, 7, 3)
-    assert seen == list(range(100))
+def test_dead_threads_cost_nothing_but_speed(monkeypatch):
+    monkeypatch.setattr(crew, "_stand_by", lambda serve, desk, asleep: None)  # a thread that ends at once
+    assert right_without_help(monkeypatch)
 
 
 def test_no_more_threads(monkeypatch):
-    monkeypatch.setattr(threads, "_pool", threads._Pool())
-
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    seen = []
-    teams.parallel(lambda t, a, b: seen.extend(range(a, b)), 100, 7, 3)
-    assert seen == list(range(100))
+    assert right_without_help(monkeypatch)
+    assert crew.crew.hired == crew.crew.most == 0
 
 
-def test_an_error_in_a_worker_reaches_the_caller_after_all_have_stopped():
-    running = []
-    both = threading.Barrier(2)
+def test_a_system_without_futex():
+    """Threads sleep in the interpreter, and are woken there; the bits are the same."""
+    out = subprocesses.run(
+        """
+from fastbn.kernels.cpu import atomics
+atomics.FUTEX = None
+import time, fastbn, subprocesses
+from fastbn.cpu import crew
+from fastbn.kernels import rows
+fastbn.set_num_threads(2)
+right, came, slept = subprocesses.digest("planes"), 0, 0
+stop = time.perf_counter() + 30
+while (came < 3 or slept < 3) and time.perf_counter() < stop:
+    came += subprocesses.digest("planes") == right and crew.crew.desk[rows.SEATS] > 0
+    time.sleep(0.02)
+    slept += crew.crew.desk[rows.SLEEPERS] > 0
+print(right, came >= 3, slept >= 3, crew.crew.sleeps_in_kernel)
+""",
+        env={"FASTBN_CACHE": "0"},
+        timeout=120,
+    )
+    assert out.split() == [subprocesses.digest("planes"), "True", "True", "False"]
 
-    def kernel(thread, first, last):
-        if first < 2:
-            both.wait(timeout=30)
-        running.append(first)
-        if thread == 1:
-            raise MemoryError("in a worker")
 
-    with pytest.raises(MemoryError, match="in a worker"):
-        teams.parallel(kernel, 100, 1, 2)
-    count = len(running)
-    threading.Event().wait(0.02)
-    assert len(running) == count, "a kernel ran after the call had raised"
-    test_the_pool_is_used()
+def test_threads_sleep_when_nobody_calls():
+    """They use no processor then."""
+    out = subprocesses.run("""
+import time, fastbn, subprocesses
+from fastbn.cpu import crew
+from fastbn.kernels import rows
+fastbn.set_num_threads(2)
+subprocesses.digest("planes")
+stop = time.perf_counter() + 20
+while not crew.crew.desk[rows.SLEEPERS] and time.perf_counter() < stop:
+    time.sleep(0.01)
+before = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - before < 0.1)
+""")
+    assert out == "True\n"
 
 
 def test_joblib_threads():
@@ -178,20 +178,36 @@ def test_set_num_threads():
 
 def test_the_number_set_is_the_number_used(monkeypatch):
     used = []
-    original = threads._Call.__init__
-
-    def spy(self, work, board, pieces, number):
-        used.append(number)
-        original(self, work, board, pieces, number)
-
-    monkeypatch.setattr(threads._Call, "__init__", spy)
-    x = inputs.normal((48, 16, 32, 32))
-    assert x.size >= dispatch.PARALLEL_FROM
+    monkeypatch.setattr(crew.Crew, "gather", lambda self, others: used.append(others + 1))
+    large, middle = inputs.normal((48, 16, 32, 32)), inputs.normal((20, 16, 8, 8))
     for n in (1, 2, 3):
         fastbn.set_num_threads(n)
-        used.clear()
-        fastbn.batch_norm_inference(x, *inputs.parameters(16))
-        assert set(used) == ({n} if n > 1 else set())
+        for x, most in ((large, 3), (middle, middle.size // dispatch.LEAST_SHARE)):
+            used.clear()
+            fastbn.batch_norm_inference(x, *inputs.parameters(16))
+            assert set(used) == ({min(n, most)} if n > 1 else set())
+
+
+@pytest.mark.parametrize("text", ["-1", "two", "1001", "nan"])
+def test_a_wait_that_is_no_number_of_milliseconds(text, monkeypatch):
+    """Said by the first call that threads may share, and nothing is written."""
+    monkeypatch.setenv("FASTBN_WAIT_MS", text)
+    monkeypatch.setattr(crew, "crew", crew.Crew())
+    x, out = inputs.normal((48, 16, 32, 32)), np.zeros((48, 16, 32, 32), np.float32)
+    with pytest.raises(ValueError, match=r"FASTBN_WAIT_MS is .*milliseconds from 0 to 1000"):
+        fastbn.batch_norm_inference(x, *inputs.parameters(16), out=out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize(("text", "number", "turns"), [("", 2, 500), ("0", 2, 0), ("2.5", 2, 250), ("2.5", 5, 0)])
+def test_wait(text, number, turns, monkeypatch):
+    """A setting; and none waits where there are more threads than processors."""
+    monkeypatch.setenv("FASTBN_WAIT_MS", text)
+    monkeypatch.setattr(processors, "available", lambda: 4)
+    made = crew.Crew()
+    made.gather(number - 1)
+    assert made.desk[rows.PATIENCE] == turns
+    made.dismiss()
 
 
 NUMBER = "import fastbn; print(fastbn.get_num_threads())"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastbn.common.context import Context
 from fastbn.common.facts import seen_by_numpy as seen  # noqa: F401  (a backend's function)
 from fastbn.cpu import weights as sample_weights
-from fastbn.cpu.dispatch import PHASES, run
+from fastbn.cpu.dispatch import run
 from fastbn.cpu.memory import native, workspace
 from fastbn.cpu.plan import CpuPlan as CpuPlan
 from fastbn.cpu.threads import get_num_threads
@@ -181,7 +181,7 @@ def _run_forward(
     if plan.copied_channels:
         given, vectors = vectors, tuple(None if a is None else native(a) for a in vectors)
     gamma, beta, mean, var, low = vectors
-    threads = get_num_threads() if plan.parallel else 1
+    threads = min(get_num_threads(), plan.most_threads) if plan.most_threads > 1 else 1
     arrays = (
         x_read, written, residual_read, weight, totals, mask,
         NOTHING if gamma is None else gamma, NOTHING if beta is None else beta, NOTHING if mean is None else mean,
@@ -207,7 +207,7 @@ def _see_to(plan: CpuPlan, found: int, arguments: tuple[Any, ...], threads: int)
     """See to what a phase of a forward found: channels that float32 lanes cannot do, statistics that are not finite; then go on."""
     program, (arrays, options, numbers, constants) = plan.compiled(), arguments
     while found and plan.operation != "moments":  # which want no y
-        channels, phase = divmod(found, PHASES)
+        channels, phase = divmod(found, rows.PHASES)
         if program.names[phase] == "update_running":
             eps, momentum, correction, limit, _, streamed = numbers
             _warn(plan, channels, correction)
@@ -270,7 +270,7 @@ def _run_backward(
             dresidual, dresidual_written = frame.write(None, None, plan.x_dtype)
         streamed = frame.large and frame.streams_both(written, plan.written[0], dresidual_written)
     weight = None if plan.frozen or ctx.weights is None else ctx.weights.array
-    threads = get_num_threads() if plan.parallel else 1
+    threads = min(get_num_threads(), plan.most_threads) if plan.most_threads > 1 else 1
     own = workspace(plan.one_call, plan.workspace + threads * plan.scratch)
     if sums is not None:  # as if of one block
         partial = own[whole_lines(rows.BACKWARD_ROWS * plan.C) :][: 4 * plan.C]

@@ -16,17 +16,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from itertools import accumulate, chain, pairwise
 from math import gcd
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.cpu import crew
 from fastbn.cpu.layout import LANES, STREAM_FROM, Layout
-from fastbn.cpu.threads import BELL, get_num_threads, importing, parallel
+from fastbn.cpu.threads import importing
 from fastbn.cpu.uninterrupted import uninterrupted
 from fastbn.kernels.cpu.arguments import Shape
-from fastbn.kernels.rows import FOUND
+from fastbn.kernels.rows import PHASES
 
 #                  kernel          file, split into
 KERNELS: Mapping[str, tuple[str, str]] = {
@@ -91,9 +93,9 @@ LARGEST_CHANNEL = 16 << 20
 FEW_CHANNELS = 8
 # A thread's share of a call, in smallest pieces: it waits for the others one of these at most, and a piece has a start and an end.
 SHARES = 4
-# Below this many values the threads' wake-up costs more than it saves.
-PARALLEL_FROM = 3 << 18
-# Bytes one kernel call may cross: about 10 ms, so that Ctrl-C is noticed.
+# Values from which threads share a call, and for each of them at least.
+PARALLEL_FROM, LEAST_SHARE = 1 << 14, 1 << 13
+# Bytes one call of machine code may cross: about 10 ms, so that Ctrl-C is noticed.
 PIECE = 32 << 20
 
 
@@ -108,7 +110,9 @@ class Schedule:
     tasks : mapping of str to int
         What kernels are split into, and how many there are.
     pieces : int
-        Kernel calls at least, so that Ctrl-C is noticed.
+        Calls of machine code a kernel is cut into at least, so that Ctrl-C is noticed.
+    work : int
+        Values / 65,536, and 1 at least: threads that sleep let some work pass before they are woken for it (kernels/cpu/desk.py).
     shape : Shape
         The group of arguments of that name (kernels/cpu/arguments.py): channels of a group or a strip, blocks of a channel and so on.
     """
@@ -117,7 +121,8 @@ class Schedule:
     tasks: Mapping[str, int]
     pieces: int
     shape: Shape
-    by_program: dict[Program, NDArray[np.int64]] = field(default_factory=dict)  # the number of tasks of each kernel
+    work: int
+    calls: dict[tuple[Program, int], list[tuple[int, int, NDArray[np.int64]]]] = field(default_factory=dict)  # by program and threads
 
 
 @lru_cache(maxsize=4096)
@@ -139,7 +144,7 @@ def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, tra
         tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // part))
     tasks[""] = 1
     shape = Shape(p.N, p.C, p.S, p.rows, p.tail_columns, p.folded, group, blocks, rows, part, BLOCK, *scratch)
-    return Schedule(traversal, tasks, pieces, shape)
+    return Schedule(traversal, tasks, pieces, shape, max(1, p.count * p.C * tensors >> 16))
 
 
 def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
@@ -200,25 +205,43 @@ def program(run: str, family: str, traversal: str, dtype: str, present: tuple[st
     return Program(f"{run}_{family}_{traversal}", TABLE[run, family, traversal], dtype, present)
 
 
-@lru_cache(maxsize=4096)
-def cut(tasks: int, unit: int, threads: int, least: int) -> NDArray[np.int64]:
-    """Where `tasks` are cut into pieces, `least` or more, at multiples of `unit`: piece k is cut[k] to cut[k + 1].
+def cut(first: int, last: int, unit: int, threads: int) -> list[int]:
+    """Where the tasks first..last are cut into pieces, `first` and `last` included; at multiples of `unit` from the first on.
 
     For several threads pieces become smaller towards the end, so that none waits long for the others.
     """
-    units = -(-tasks // unit)
-    largest = -(-units // least)
-    smallest = min(largest, max(1, units // (threads * SHARES)))
-    cuts = [0]
-    while cuts[-1] < units:
-        left = units - cuts[-1]
-        fair = largest if threads == 1 else 3 * left // (4 * threads)
-        cuts.append(cuts[-1] + min(left, largest, max(smallest, fair)))
-    return np.minimum(np.array(cuts, np.int64) * unit, tasks)
+    left = -(-(last - first) // unit)
+    smallest = max(1, left // (threads * SHARES))
+    cuts = [first]
+    while left:
+        taken = left if threads == 1 else min(left, max(smallest, 3 * left // (4 * threads)))
+        left -= taken
+        cuts.append(min(last, cuts[-1] + taken * unit))
+    return cuts
 
 
-_NOTHING = np.empty(0, np.int64)  # the board and the cuts of a thread that shares with none
-_ALL, PHASES = -1, 8  # as in kernels/cpu/team.py, which imports Numba
+def _cuts(this: Program, s: Schedule, threads: int) -> list[tuple[int, int, NDArray[np.int64]]]:
+    """The calls of machine code that a call of a program takes: first and last phase, and the cuts that `team.program` wants.
+
+    One for all phases, but for a long call, which comes back in every phase after each share of `pieces`: so Ctrl-C is noticed.
+    """
+    tasks = [s.tasks[split] for split in this.splits]
+    units = [s.shape.group if split == "channels" else 1 for split in this.splits]
+    if s.pieces == 1:
+        return [(0, len(tasks), _table([cut(0, *pair, threads) for pair in zip(tasks, units, strict=True)], s.work))]
+    calls = []
+    for phase, (n, unit) in enumerate(zip(tasks, units, strict=True)):
+        begins = range(0, n, -(-n // (unit * s.pieces)) * unit)
+        for first, last in pairwise((*begins, n)):
+            calls.append((phase, phase + 1, _table([[0]] * phase + [cut(first, last, unit, threads)], s.work)))
+    return calls
+
+
+def _table(cuts_of_phases: list[list[int]], work: int) -> NDArray[np.int64]:
+    """`cuts` as `team.program` takes them."""
+    begins = accumulate(map(len, cuts_of_phases), initial=1 + 2 * len(cuts_of_phases))
+    heads = [number for cuts, begin in zip(cuts_of_phases, begins, strict=False) for number in (len(cuts) - 1, begin)]
+    return np.array([work, *heads, *chain(*cuts_of_phases)], np.int64)
 
 
 def run(this: Program, s: Schedule, arguments: tuple[Any, ...], threads: int, first: int = 0) -> int:
@@ -227,38 +250,27 @@ def run(this: Program, s: Schedule, arguments: tuple[Any, ...], threads: int, fi
     What that one returned times PHASES, and which it is; 0 where none does. Kernels of a forward find channels that float32 lanes cannot
     do, or whose statistics are not finite; those of a backward find channels that do not suit float32 sums.
     """
-    tasks = s.by_program.get(this)
-    if tasks is None:
-        tasks = s.by_program[this] = np.array([s.tasks[split] for split in this.splits], np.int64)
-    if threads == 1 and s.pieces == 1 and first == 0:  # a small call: the shortest way
-        return this.code(BELL, _NOTHING, _NOTHING, 0, len(tasks), 0, _ALL, tasks, *arguments)  # type: ignore[no-any-return]
-    for phase in range(first, len(tasks)):
-        found = _run_phase(this, phase, s, arguments, tasks, threads)
-        if found:
-            return found * PHASES + phase
-    return 0
+    calls = s.calls.get((this, threads))
+    if calls is None:
+        calls = s.calls[this, threads] = _cuts(this, s, threads)
+    if threads > 1:
+        crew.crew.gather(threads - 1)
+    desk = crew.crew.desk
+    if len(calls) == 1:  # the shortest way
+        return this.code(desk, calls[0][2], threads, first, calls[0][1], *arguments)  # type: ignore[no-any-return]
+    found = phase = 0
+    for begin, end, cuts in calls:
+        if found and begin > phase:
+            break
+        if begin >= first:
+            phase = begin
+            found += this.code(desk, cuts, threads, begin, end, *arguments) // PHASES
+    return found * PHASES + phase if found else 0
 
 
-def _run_phase(this: Program, phase: int, s: Schedule, arguments: tuple[Any, ...], tasks: NDArray[np.int64], threads: int) -> int:
-    """Let threads run one kernel of a program; the sum of what it returned."""
-    split = this.splits[phase]
-    if not split:
-        return int(this.code(BELL, _NOTHING, _NOTHING, 0, 1, 0, _ALL - 1 - phase, tasks, *arguments)) // PHASES
-    cuts = cut(int(tasks[phase]), s.shape.group if split == "channels" else 1, threads, s.pieces)
-    pieces = len(cuts) - 1
-    turns = pieces + 1 if s.pieces == 1 else 1  # a long call comes back after each piece, so that Ctrl-C is noticed
-    board = np.zeros(3, np.int64)
-
-    def work(thread: int) -> None:
-        this.code(BELL, board, cuts, pieces, turns, thread, phase, tasks, *arguments)
-
-    parallel(work, board, pieces, threads)
-    return int(board[FOUND])
-
-
-def threads_for(elements: int) -> int:
-    """Threads for an array of so many values."""
-    return get_num_threads() if elements >= PARALLEL_FROM else 1
+def most_threads(values: int) -> int:
+    """How many threads may share a call on so many values."""
+    return values // LEAST_SHARE if values >= PARALLEL_FROM else 1
 
 
 def describe() -> str:

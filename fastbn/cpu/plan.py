@@ -119,7 +119,7 @@ class CpuPlan(Plan):
             self.mask = mask_shape(self.frame.layout) if self.relu and self.operation != "inference" else None
         at = {name: self.frame.strides(seen.get(name)) for name in ("x", "residual", "dy", "out")}
         self.x_at, self.out_at, self.residual_at, self.dy_at = (at[name] for name in ("x", "out", "residual", "dy"))
-        self.x_dtype, self.parallel = seen["x"].dtype, self.frame.size >= dispatch.PARALLEL_FROM
+        self.x_dtype, self.most_threads = seen["x"].dtype, dispatch.most_threads(self.frame.size)
         # An output in memory of its own, which is what most calls want, and all that it takes.
         writes = self.operation not in ("moments", "reduce") and "out" not in seen
         self.fresh = self.frame.maker(self.x_dtype) if writes and self.x_dtype.isnative else None
@@ -161,7 +161,7 @@ class CpuPlan(Plan):
         self.workspace = whole_lines(grads) + whole_lines(4 * self.C * blocks)
         self.scratch = shape.scratch_rows * shape.scratch_columns
         # Whether a call is one of machine code, after which nobody reads the workspace.
-        self.one_call = not self.parallel and self.schedule.pieces == 1 and operation not in ("reduce", "apply")
+        self.one_call = self.schedule.pieces == 1 and operation not in ("reduce", "apply")
 
     def _channels(self) -> tuple[int, ...]:
         """Bytes of a value of gamma, beta, mean and var; 0 for what is absent. Kernels read contiguous ones, and copies of others."""

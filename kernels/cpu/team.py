@@ -1,64 +1,28 @@
-"""From kernels to a program: all of them in one call, or several threads at one of them, without the interpreter.
+"""From kernels to a program: all of them in one call of machine code, which other threads may share.
 
-A kernel computes the tasks first..last with the workspace of `thread`. A program runs kernels one after the other, its phases.
-
-- Alone, a thread runs all phases in one call of machine code. That is the shortest way for small arrays.
-- Several threads share the tasks of one phase. Each takes a piece, computes it, takes the next, until there are none. Pieces are taken from
-  a board by an atomic addition, so a thread that comes late or runs on a slow processor takes fewer of them.
-
-Who computes a piece never changes its bits.
+A kernel computes the tasks first..last with the workspace of `thread`. A program runs kernels one after the other, its phases. The tasks of
+a phase are cut into pieces. Each thread takes a piece, computes it, takes the next, until there are none. Pieces are taken by an
+atomic addition, so a thread that comes late or runs on a slow processor takes fewer of them. Who computes a piece never changes its bits.
 
 Halves, each for one thread, made the caller wait: the forward of 16x64x28x28 took 150 us on two threads and 125 on one (medians of 72
 calls, with `set_num_threads` 1 and 2 in turn).
 """
 
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from fastbn.kernels.cpu.atomics import INTEGERS
+from fastbn.kernels.cpu.desk import serve, sharing
 from fastbn.kernels.cpu.groups import element
-from fastbn.kernels.cpu.helpers import inline
-from fastbn.kernels.cpu.simd import Pointer
-from fastbn.kernels.rows import DONE, FOUND, NEXT
+from fastbn.kernels.cpu.helpers import inline, outline
+from fastbn.kernels.rows import PHASES
 
-INTEGERS = Pointer(types.int64)
-# The phase that stands for all of them; what a call of all returns is found * PHASES + the phase that found it.
-ALL, PHASES = -1, 8
-# How often the caller looks whether the others are done, and the others whether a next call begins, before they let the system wake
-# them. That takes 25 to 100 us; a look takes 1 to 2 ns.
-LOOKS = 20_000
-LINGER = 30_000
-
-
-def _place(builder, array, k):
-    """The address of element k of integers."""
-    return builder.gep(array, [k], source_etype=ir.IntType(64))
-
-
-@intrinsic
-def add_to(typingctx, board, k, n):
-    """board[k] += n, atomically; the value before. What was written before it is seen by who sees the sum."""
-
-    def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", _place(builder, args[0], args[1]), args[2], "seq_cst")
-
-    return types.int64(board, types.int64, types.int64), codegen
-
-
-@intrinsic
-def look_at(typingctx, board, k):
-    """board[k], as another thread may have just written it."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load_atomic(_place(builder, args[0], args[1]), "acquire", 8, typ=ir.IntType(64))
-
-    return types.int64(board, types.int64), codegen
+SERVE = serve, types.int64(INTEGERS)
 
 
 def signature(groups):
     """The types that a program takes, with those of its arrays, options and numbers."""
     integer = types.int64
-    return INTEGERS, INTEGERS, INTEGERS, integer, integer, integer, integer, INTEGERS, *groups, INTEGERS
+    return INTEGERS, INTEGERS, integer, integer, integer, *groups, INTEGERS
 
 
 def _phases(kernels):
@@ -79,56 +43,38 @@ def _phases(kernels):
 
 
 def program(name, kernels, groups_of):
-    """What one or several threads call; `groups_of` makes the kernels' groups of arguments (groups.py).
+    """What the caller runs: the phases first..last, with up to `members` threads, itself included; until one finds something.
 
-    With phase ALL the calling thread is alone. Phase k runs over the tasks 0..tasks[k], and `turns` is the number of phases. The first
-    phase that finds something is the last to run. With phase ALL - 1 - k and one turn it runs phase k alone. Board and cuts are not looked
-    at, nor does the bell ring.
+    It returns found * PHASES + the phase that found it, or 0. `groups_of` makes the kernels' groups of arguments (groups.py).
 
-    Else the threads of a call share that phase. The function takes at most `turns` pieces, so that a long call comes back to the
-    interpreter now and then. It returns the sum of what the kernel returned. Piece k of `pieces` is the tasks cuts[k]..cuts[k+1].
-
-    Thread 0 is the caller. It rings the bell when it begins, and in the end waits a little for the others. Those linger until all is done
-    and the bell rings for the next call, or a little longer: were they to go back to the interpreter with the caller, one would have
-    to wait for its lock, and be woken. (32x512x7x7, measured as above: the forward on two threads is 0.8 times as fast as on one
-    without, 1.3 times with.)
+    cuts[0] says how much work it is, in values / 65,536, for threads that sleep. For each phase follow how many pieces there are, and where
+    their cuts begin in `cuts`: piece k of phase p is the tasks cuts[b + k]..cuts[b + k + 1] with b = cuts[2 * p + 2]. The caller does a
+    phase of one piece itself, and all of them where another call is on the desk.
     """
     compute = _phases(kernels)
 
-    def work(bell, board, cuts, pieces, turns, thread, phase, tasks, arrays, options, numbers, constants):
-        alone = phase < 0
-        arguments = groups_of(arrays, options, numbers, constants, thread)
-        if not alone and thread == 0:
-            add_to(bell, 0, 1)
-        heard = look_at(bell, 0)
+    def piece(phase, thread, first, last, arrays, options, numbers, constants):
+        return compute(phase, thread, first, last, groups_of(arrays, options, numbers, constants, thread))
+
+    piece = outline(piece, f"{name}.piece")
+    own, open_, share, close = sharing(name, piece)
+
+    def work(desk, cuts, members, first, last, arrays, options, numbers, constants):
+        shared = members > 1 and own(desk)
+        if shared:
+            open_(desk, members, last, cuts, arrays, options, numbers, constants)
         found = 0
-        for turn in range(turns):
-            this, first, last = turn, 0, 0
-            if alone:
-                if phase < ALL:
-                    this = ALL - 1 - phase
-                last = element(tasks, this)
+        for phase in range(first, last):
+            pieces, begin = element(cuts, 2 * phase + 1), element(cuts, 2 * phase + 2)
+            if shared and pieces > 1:
+                n = share(desk, phase, cuts, arrays, options, numbers, constants)
             else:
-                k = add_to(board, NEXT, 1)
-                if k >= pieces:
-                    break
-                this, first, last = phase, element(cuts, k), element(cuts, k + 1)
-            n = compute(this, thread, first, last, arguments)
-            if alone:
-                if n != 0:
-                    return n * PHASES + this
-            else:
-                found += n
-                add_to(board, FOUND, n)
-                add_to(board, DONE, 1)
-        if not alone and look_at(board, NEXT) >= pieces:
-            for _ in range(LOOKS):
-                if look_at(board, DONE) >= pieces:
-                    break
-            if thread != 0:
-                for _ in range(LINGER):
-                    if look_at(bell, 0) != heard:
-                        break
+                n = piece(phase, 0, element(cuts, begin), element(cuts, begin + pieces), arrays, options, numbers, constants)
+            if n != 0:
+                found = n * PHASES + phase
+                break
+        if shared:
+            close(desk)
         return found
 
     # Names of machine code are made of these: two programs' must differ, also where both are loaded from the disk.

@@ -13,6 +13,7 @@ from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from fastbn.kernels.cpu import arguments, groups, team
+from fastbn.kernels.cpu.atomics import FUTEX as FUTEX
 from fastbn.kernels.cpu.cache import KernelCache
 from fastbn.kernels.cpu.simd import Pointer, bfloat16
 
@@ -75,6 +76,17 @@ def _without_collecting():
 
 
 _compiled = {}
+
+
+def serve():
+    """What a thread runs that waits for calls (desk.py), as a Python callable."""
+    function, types_ = team.SERVE
+    with global_compiler_lock:
+        if serve not in _compiled:
+            dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+            dispatcher._cache = KernelCache("serve")
+            _compiled[serve] = dispatcher, dispatcher.compile(types_.args)
+    return _compiled[serve][1]
 
 
 def compiled(name, kernels, dtype, present=()):
