@@ -17,6 +17,7 @@ from fastbn.arguments.kinds import plain_array, refuse_gpu
 from fastbn.arguments.plans import look
 from fastbn.common.facts import DTYPES
 from fastbn.cpu import dispatch
+from fastbn.cpu.crew import what_threads_run
 from fastbn.cpu.dispatch import TABLE
 from fastbn.cpu.memory import Frame
 from fastbn.cpu.plan import present_arguments
@@ -260,6 +261,7 @@ def warmup(
             for of, family, traversal in TABLE:
                 if of == run and family in families and (traversal == "sweeps" or not frozen):
                     dispatch.program(run, family, traversal, dtype, present)
+    what_threads_run()
     return len(variants._compiled) - before
 
 

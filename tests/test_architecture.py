@@ -107,8 +107,11 @@ ALLOWED = {
 EXCEPTIONS = {
     "fastbn": {"fastbn.cpu.threads"},  # a lock against forks in the middle of an import
     # Beside the road: they report what the CPU's backend would do, and have done.
-    "fastbn.config": {"fastbn.cpu.threads", "fastbn.kernels.cpu.cache"},
-    "fastbn.tools": {"fastbn.cpu.dispatch", "fastbn.cpu.memory", "fastbn.cpu.plan", "fastbn.cpu.weights", "fastbn.kernels.cpu.variants"},
+    "fastbn.config": {"fastbn.cpu.crew", "fastbn.cpu.threads", "fastbn.kernels.cpu.cache"},
+    "fastbn.tools": {
+        *(f"fastbn.cpu.{name}" for name in ("crew", "dispatch", "memory", "plan", "threads", "weights")),
+        "fastbn.kernels.cpu.variants",
+    },
     "fastbn.kernels.cpu.cache": {"fastbn"},  # for __version__, a part of the cache's key
 }
 

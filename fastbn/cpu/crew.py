@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,18 @@ def wait_ms() -> float:
     return ms
 
 
+def what_threads_run() -> tuple[Callable[[NDArray[np.int64]], int], bool]:
+    """The machine code that threads wait in, and whether it sleeps by itself; compiled, or loaded from disk, the first time."""
+
+    def load() -> tuple[Any, bool]:
+        with importing:  # not inherited half done by a forked child
+            from fastbn.kernels.cpu.variants import FUTEX, serve
+
+        return serve(), bool(FUTEX)  # type: ignore[no-untyped-call]
+
+    return uninterrupted(load)
+
+
 class Crew:
     """The threads of a process, and their desk."""
 
@@ -76,13 +89,7 @@ class Crew:
         turns = int(wait_ms() / TURN_MS)
         self.desk[PATIENCE] = turns if others < processors.available() else 0
 
-        def load() -> tuple[object, bool]:
-            with importing:  # not inherited half done by a forked child
-                from fastbn.kernels.cpu.variants import FUTEX, serve
-
-            return serve(), bool(FUTEX)  # type: ignore[no-untyped-call]
-
-        serve, self.sleeps_in_kernel = uninterrupted(load)
+        serve, self.sleeps_in_kernel = what_threads_run()
         while self.hired < min(others, self.most):
             self.hired += 1
             thread = threading.Thread(target=_stand_by, args=(serve, self.desk, self.asleep), name=f"fastbn-{self.hired}", daemon=True)

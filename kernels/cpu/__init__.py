@@ -10,6 +10,6 @@ What calls them, and knows of arrays and threads, is fastbn/cpu.
 | `channels` | once a channel: finish_stats, finish_given, finish_backward, update_running |
 | `sums`, `gradients`, `strips` | moments in the making; the backward's sums, and dx; strips of channels |
 | `simd` | sixteen float64 or float32 lanes, and memory of any dtype |
-| `team` | programs of kernels, and how threads share one |
+| `team`, `desk`, `atomics` | programs of kernels; how threads share one; what threads need to meet |
 | `variants`, `helpers`, `cache` | types and compilation; functions that exist only inside kernels; the disk cache |
 """

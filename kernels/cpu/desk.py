@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 from fastbn.kernels import rows
 from fastbn.kernels.cpu.atomics import (
     FUTEX,
+    INTEGER,
+    INTEGERS,
     add_to,
     allow,
     avoid,
@@ -24,7 +26,6 @@ from fastbn.kernels.cpu.atomics import (
     give_way,
     look_at,
     pause,
-    place,
     processor,
     set_to,
     sleep_at,
@@ -32,7 +33,7 @@ from fastbn.kernels.cpu.atomics import (
     wake_at,
 )
 from fastbn.kernels.cpu.groups import element
-from fastbn.kernels.cpu.helpers import inline, outline
+from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd.types import I64
 
 # How often a thread looks before it gives way: about 10 us. Who gives way more seldom holds up the threads of others, such as NumPy's in
@@ -40,29 +41,110 @@ from fastbn.kernels.cpu.simd.types import I64
 LOOKS = 300
 # Through how much work a thread sleeps before it is woken, in values / 65,536, which take 25 us each: so that a short call after a pause
 # does not wake it, and that those who want its processor have it. And how many calls it must have taken part in for a short nap again.
-SHORT_NAP, LONGEST_NAP, OF_USE = 1, 1 << 12, 64
+SHORT_NAP, LONGEST_NAP, OF_USE = 1, 1 << 12, 32
 # The phase after the last.
 OVER = -1
+# What runs a piece, of any program: its arguments' address, the phase, the thread's seat, the first and the last task.
+ENTRY = ir.FunctionType(I64, [I64] * 5)
 
 
 @intrinsic
-def _come_in(typingctx, desk, seat):
-    """Run the code of the call on the desk."""
+def address(typingctx, integers):
+    """Where integers lie, as a number."""
 
     def codegen(context, builder, sig, args):
-        code, arguments = (builder.load(place(builder, args[0], ir.Constant(I64, rows.CALL + k)), typ=I64) for k in range(2))
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
-        builder.call(builder.inttoptr(code, kind.as_pointer()), [arguments, args[1]])
-        return context.get_dummy_value()
+        return builder.ptrtoint(args[0], I64)
 
-    return types.void(desk, types.int64), codegen
+    return INTEGER(integers), codegen
+
+
+@intrinsic
+def integers_at(typingctx, address):
+    """The integers that lie there."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(INTEGERS))
+
+    return INTEGERS(INTEGER), codegen
+
+
+@intrinsic
+def compute(typingctx, code, block, phase, seat, first, last):
+    """Run a piece by its code's address: what it finds."""
+
+    def codegen(context, builder, sig, args):
+        entry = builder.inttoptr(args[0], ENTRY.as_pointer())
+        return builder.call(entry, args[1:])
+
+    return INTEGER(*[INTEGER] * 6), codegen
+
+
+def laying(name, piece):
+    """What makes a call ready for other threads: lay(arrays, options, numbers, constants) -> (code, block).
+
+    `block` is the address of the arguments, on the caller's stack. `code` is that of a function that takes the same numbers whatever the
+    program: code(block, phase, thread, first, last) runs piece(phase, thread, first, last, *arguments).
+    """
+
+    @intrinsic
+    def lay(typingctx, arrays, options, numbers, constants):
+        passed = arrays, options, numbers, constants
+        types_of_piece = *[INTEGER] * 4, *passed
+        piece.get_call_template(types_of_piece, {})  # compiles it
+
+        def codegen(context, builder, sig, args):
+            compiled = piece.overloads[types_of_piece]
+            block = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in args]))
+            for k, value in enumerate(args):
+                builder.store(value, cgutils.gep_inbounds(builder, block, 0, k))
+            entry = ir.Function(builder.module, ENTRY, f"{name}.entry")
+            entry.linkage = "internal"
+            inside = ir.IRBuilder(entry.append_basic_block())
+            there = inside.inttoptr(entry.args[0], block.type)
+            values = [inside.load(cgutils.gep_inbounds(inside, there, 0, k)) for k in range(len(args))]
+            context.add_linking_libs((compiled.library,))
+            found = context.call_internal_no_propagate(inside, compiled.fndesc, compiled.signature, [*entry.args[1:], *values])[1]
+            inside.ret(found)
+            return context.make_tuple(builder, sig.return_type, (builder.ptrtoint(entry, I64), builder.ptrtoint(block, I64)))
+
+        return types.UniTuple(INTEGER, 2)(*passed), codegen
+
+    return lay
+
+
+@inline
+def take(desk, code, block, cuts, phase, seat):
+    """Compute pieces of a phase until none are left."""
+    board, pieces, begin = rows.BOARDS + rows.BOARD * phase, element(cuts, 2 * phase + 1), element(cuts, 2 * phase + 2)
+    while True:
+        k = add_to(desk, board + rows.NEXT, 1)
+        if k >= pieces:
+            break
+        add_to(desk, board + rows.FOUND, compute(code, block, phase, seat, element(cuts, begin + k), element(cuts, begin + k + 1)))
+        add_to(desk, board + rows.DONE, 1)
+
+
+@inline
+def follow(desk, seat):
+    """Take part in the call on the desk, phase by phase."""
+    code, block, cuts = look_at(desk, rows.CALL), look_at(desk, rows.CALL + 1), integers_at(look_at(desk, rows.CALL + 2))
+    seen = 0
+    while True:
+        phase = look_at(desk, rows.PHASE)
+        if phase == OVER:
+            break
+        if phase > seen:
+            take(desk, code, block, cuts, phase - 1, seat)
+            seen = phase
+        else:
+            pause()
 
 
 def serve(desk):
     """Wait for calls and take part in them, until STOP.
 
     A thread looks for a call, gives way to others now and then, and sleeps after PATIENCE turns of that. It sleeps at once where others
-    want its processor, and four times as long each time, until it was of use for some calls in a row. Where the system has no futex, it
+    want its processor, and twice as long each time, until it was of use for some calls in a row. Where the system has no futex, it
     returns instead of sleeping.
     """
     served, looks, turns, calls, nap, times = 0, 0, 0, 0, SHORT_NAP, displaced()
@@ -75,8 +157,8 @@ def serve(desk):
             add_to(desk, rows.INSIDE, 1)
             if look_at(desk, rows.JOB) == job:
                 seat = add_to(desk, rows.SEATS, 1) + 1
-                if seat < look_at(desk, rows.CALL + 2):
-                    _come_in(desk, seat)
+                if seat < look_at(desk, rows.MEMBERS):
+                    follow(desk, seat)
             add_to(desk, rows.INSIDE, -1)
             served, looks, turns, calls = job, 0, 0, calls + 1
         elif looks < LOOKS:
@@ -92,7 +174,7 @@ def serve(desk):
                 if calls >= OF_USE:
                     nap = SHORT_NAP
                 if others:
-                    nap, calls = min(4 * nap, LONGEST_NAP), 0
+                    nap, calls = min(2 * nap, LONGEST_NAP), 0
                 turns = 0
                 set_to(desk, rows.NAP, nap if others else SHORT_NAP)
                 add_to(desk, rows.SLEEPERS, 1)
@@ -107,41 +189,6 @@ def serve(desk):
     return served
 
 
-def _laying(name, follow):
-    """What lays a call on the desk: lay(desk, members, cuts, *arguments). A thread that comes runs follow(seat, desk, cuts, *arguments).
-
-    The arguments lie on the owner's stack.
-    """
-
-    @intrinsic
-    def lay(typingctx, desk, members, cuts, arrays, options, numbers, constants):
-        passed = desk, cuts, arrays, options, numbers, constants
-        follow.get_call_template((types.int64, *passed), {})  # compiles it
-
-        def codegen(context, builder, sig, args):
-            compiled = follow.overloads[(types.int64, *passed)]
-            held = [args[0], *args[2:]]
-            block = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in held]))
-            for k, value in enumerate(held):
-                builder.store(value, cgutils.gep_inbounds(builder, block, 0, k))
-            # A function that takes two integers, whatever the program: it unpacks the arguments.
-            entry = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64, I64]), f"{name}.entry")
-            entry.linkage = "internal"
-            inside = ir.IRBuilder(entry.append_basic_block())
-            there = inside.inttoptr(entry.args[0], block.type)
-            values = [inside.load(cgutils.gep_inbounds(inside, there, 0, k)) for k in range(len(held))]
-            context.add_linking_libs((compiled.library,))
-            context.call_internal_no_propagate(inside, compiled.fndesc, compiled.signature, [entry.args[1], *values])
-            inside.ret_void()
-            for k, value in enumerate((builder.ptrtoint(entry, I64), builder.ptrtoint(block, I64), args[1])):
-                builder.store(value, place(builder, args[0], ir.Constant(I64, rows.CALL + k)))
-            return context.get_dummy_value()
-
-        return types.void(desk, members, *passed[1:]), codegen
-
-    return lay
-
-
 @inline
 def wait(desk, k, wanted):
     """Until desk[k] is `wanted`. Whom the caller waits for may want its processor: it gives way soon."""
@@ -154,71 +201,57 @@ def wait(desk, k, wanted):
             give_way()
 
 
-def sharing(name, piece):
-    """Helpers that share a call of a program: own(desk), open_(desk, members, first, last, cuts, *arguments), share(desk, phase, cuts,
-    *arguments), close(desk). `piece` computes a piece; `cuts` is as `team.program` takes it.
-    """
+@inline
+def open_call(desk, code, block, members, cuts, phases):
+    """Lay a call on the desk, if there is none, and wake threads that have slept through enough; whether it lies there."""
+    if members == 1 or look_at(desk, rows.OWNER) != 0 or swap(desk, rows.OWNER, 1) != 0:
+        return False
+    for k in range(0, phases * rows.BOARD, rows.LINE):
+        set_to(desk, rows.BOARDS + k, 0)
+    set_to(desk, rows.PHASE, 0)
+    set_to(desk, rows.SEATS, 0)
+    set_to(desk, rows.CALLER, processor())
+    set_to(desk, rows.MEMBERS, members)
+    set_to(desk, rows.CALL, code)
+    set_to(desk, rows.CALL + 1, block)
+    set_to(desk, rows.CALL + 2, address(cuts))
+    add_to(desk, rows.JOB, 1)
+    work = element(cuts, 0)
+    if look_at(desk, rows.SLEEPERS) != 0 and add_to(desk, rows.NAP, -work) < work:
+        sleepers = swap(desk, rows.SLEEPERS, 0)
+        woken = min(sleepers, members - 1)
+        if sleepers > woken:
+            add_to(desk, rows.SLEEPERS, sleepers - woken)
+        wake_at(desk, rows.JOB, woken)
+    return True
 
-    def take(seat, desk, cuts, phase, arrays, options, numbers, constants):
-        board, pieces, begin = rows.BOARDS + rows.BOARD * phase, element(cuts, 2 * phase + 1), element(cuts, 2 * phase + 2)
-        while True:
-            k = add_to(desk, board + rows.NEXT, 1)
-            if k >= pieces:
-                break
-            found = piece(phase, seat, element(cuts, begin + k), element(cuts, begin + k + 1), arrays, options, numbers, constants)
-            add_to(desk, board + rows.FOUND, found)
-            add_to(desk, board + rows.DONE, 1)
 
-    take = inline(take)
+@inline
+def close_call(desk):
+    """Take the call off the desk, once all threads have left it."""
+    set_to(desk, rows.PHASE, OVER)
+    add_to(desk, rows.JOB, 1)
+    wait(desk, rows.INSIDE, 0)
+    set_to(desk, rows.OWNER, 0)
 
-    def follow(seat, desk, cuts, arrays, options, numbers, constants):
-        seen = 0
-        while True:
-            phase = look_at(desk, rows.PHASE)
-            if phase == OVER:
-                return 0
-            if phase > seen:
-                take(seat, desk, cuts, phase - 1, arrays, options, numbers, constants)
-                seen = phase
-            else:
-                pause()
 
-    lay = _laying(name, outline(follow, f"{name}.follow"))
-
-    def own(desk):
-        """Whether the desk is the caller's now; not where another call is on it. Nobody waits for it."""
-        return look_at(desk, rows.OWNER) == 0 and swap(desk, rows.OWNER, 1) == 0
-
-    def open_(desk, members, phases, cuts, arrays, options, numbers, constants):
-        """Lay a call on the desk, and wake threads that have slept through enough."""
-        for k in range(0, phases * rows.BOARD, rows.LINE):
-            set_to(desk, rows.BOARDS + k, 0)
-        set_to(desk, rows.PHASE, 0)
-        set_to(desk, rows.SEATS, 0)
-        set_to(desk, rows.CALLER, processor())
-        lay(desk, members, cuts, arrays, options, numbers, constants)
-        add_to(desk, rows.JOB, 1)
-        work = element(cuts, 0)
-        if look_at(desk, rows.SLEEPERS) != 0 and add_to(desk, rows.NAP, -work) < work:
-            sleepers = swap(desk, rows.SLEEPERS, 0)
-            woken = min(sleepers, members - 1)
-            if sleepers > woken:
-                add_to(desk, rows.SLEEPERS, sleepers - woken)
-            wake_at(desk, rows.JOB, woken)
-
-    def share(desk, phase, cuts, arrays, options, numbers, constants):
-        """One phase with the threads that are there; the sum of what the kernel returned."""
-        board = rows.BOARDS + rows.BOARD * phase
-        set_to(desk, rows.PHASE, phase + 1)
-        take(0, desk, cuts, phase, arrays, options, numbers, constants)
-        wait(desk, board + rows.DONE, element(cuts, 2 * phase + 1))
-        return look_at(desk, board + rows.FOUND)
-
-    def close(desk):
-        """Take the call off the desk, once all threads have left it."""
-        set_to(desk, rows.PHASE, OVER)
-        add_to(desk, rows.JOB, 1)
-        wait(desk, rows.INSIDE, 0)
-        set_to(desk, rows.OWNER, 0)
-
-    return inline(own), inline(open_), inline(share), inline(close)
+@inline
+def lead(desk, code, block, members, cuts, first, last):
+    """Run the phases of a call with the threads that come; what `team.program` returns."""
+    shared, result = open_call(desk, code, block, members, cuts, last), 0
+    for phase in range(first, last):
+        pieces, begin = element(cuts, 2 * phase + 1), element(cuts, 2 * phase + 2)
+        if shared and pieces > 1:
+            board = rows.BOARDS + rows.BOARD * phase
+            set_to(desk, rows.PHASE, phase + 1)
+            take(desk, code, block, cuts, phase, 0)
+            wait(desk, board + rows.DONE, pieces)
+            found = look_at(desk, board + rows.FOUND)
+        else:
+            found = compute(code, block, phase, 0, element(cuts, begin), element(cuts, begin + pieces))
+        if found != 0:
+            result = found * rows.PHASES + phase
+            break
+    if shared:
+        close_call(desk)
+    return result

@@ -59,14 +59,15 @@ class _HelperCompiler(Compiler):
 
 
 # A helper is never called from Python: it has no wrappers.
-_OPTIONS = {
-    "_nrt": False,
-    "nogil": True,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-    "pipeline_class": _HelperCompiler,
-}
+_njit = njit(
+    forceinline=True,
+    _nrt=False,
+    nogil=True,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    pipeline_class=_HelperCompiler,
+)
 
 
 def inline(function):
@@ -75,19 +76,7 @@ def inline(function):
     Numba compiles it anew for every literal number that it is called with, for the same code once it is inlined: `set_lanes`, with a row
     of the table, eight times in one kernel. Here it is compiled once for all numbers.
     """
-    return _for_all_numbers(njit(forceinline=True, **_OPTIONS)(function))
-
-
-def outline(function, name):
-    """The same for a function that stays one in machine code, as it is called from several places.
-
-    It is known by `name`, which no other program may have.
-    """
-    function.__name__ = function.__qualname__ = name
-    return _for_all_numbers(njit(**_OPTIONS)(function))
-
-
-def _for_all_numbers(helper):
+    helper = _njit(function)
     template_of = helper.get_call_template
     helper.get_call_template = lambda args, kws: template_of(
         tuple(types.unliteral(a) for a in args), {name: types.unliteral(a) for name, a in kws.items()}

@@ -11,12 +11,8 @@ calls, with `set_num_threads` 1 and 2 in turn).
 from numba import types
 
 from fastbn.kernels.cpu.atomics import INTEGERS
-from fastbn.kernels.cpu.desk import serve, sharing
-from fastbn.kernels.cpu.groups import element
-from fastbn.kernels.cpu.helpers import inline, outline
-from fastbn.kernels.rows import PHASES
-
-SERVE = serve, types.int64(INTEGERS)
+from fastbn.kernels.cpu.desk import laying, lead
+from fastbn.kernels.cpu.helpers import inline
 
 
 def signature(groups):
@@ -56,26 +52,11 @@ def program(name, kernels, groups_of):
     def piece(phase, thread, first, last, arrays, options, numbers, constants):
         return compute(phase, thread, first, last, groups_of(arrays, options, numbers, constants, thread))
 
-    piece = outline(piece, f"{name}.piece")
-    own, open_, share, close = sharing(name, piece)
+    lay = laying(name, inline(piece))
 
     def work(desk, cuts, members, first, last, arrays, options, numbers, constants):
-        shared = members > 1 and own(desk)
-        if shared:
-            open_(desk, members, last, cuts, arrays, options, numbers, constants)
-        found = 0
-        for phase in range(first, last):
-            pieces, begin = element(cuts, 2 * phase + 1), element(cuts, 2 * phase + 2)
-            if shared and pieces > 1:
-                n = share(desk, phase, cuts, arrays, options, numbers, constants)
-            else:
-                n = piece(phase, 0, element(cuts, begin), element(cuts, begin + pieces), arrays, options, numbers, constants)
-            if n != 0:
-                found = n * PHASES + phase
-                break
-        if shared:
-            close(desk)
-        return found
+        code, block = lay(arrays, options, numbers, constants)
+        return lead(desk, code, block, members, cuts, first, last)
 
     # Names of machine code are made of these: two programs' must differ, also where both are loaded from the disk.
     work.__name__, work.__qualname__, work.__module__ = name, f"{name}.program", kernels[0].__module__

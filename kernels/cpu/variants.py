@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from fastbn.kernels.cpu import arguments, groups, team
+from fastbn.kernels.cpu import arguments, atomics, desk, groups, team
 from fastbn.kernels.cpu.atomics import FUTEX as FUTEX
 from fastbn.kernels.cpu.cache import KernelCache
 from fastbn.kernels.cpu.simd import Pointer, bfloat16
@@ -80,13 +80,13 @@ _compiled = {}
 
 def serve():
     """What a thread runs that waits for calls (desk.py), as a Python callable."""
-    function, types_ = team.SERVE
+    variant = "serve", (), "", ()
     with global_compiler_lock:
-        if serve not in _compiled:
-            dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+        if variant not in _compiled:
+            dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(desk.serve)
             dispatcher._cache = KernelCache("serve")
-            _compiled[serve] = dispatcher, dispatcher.compile(types_.args)
-    return _compiled[serve][1]
+            _compiled[variant] = dispatcher, dispatcher.compile((atomics.INTEGERS,))
+    return _compiled[variant][1]
 
 
 def compiled(name, kernels, dtype, present=()):
