@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fastbn.cpu import processors
 from fastbn.cpu.threads import importing
 from fastbn.cpu.uninterrupted import uninterrupted
-from fastbn.kernels.rows import DESK, LINE, PATIENCE, SLEEPERS, STOP
+from fastbn.kernels.rows import DESK, LINE, PATIENCE, SLEEPERS, STOP, THREADS
 
 # For how long threads wait for the next call before they sleep, unless FASTBN_WAIT_MS says otherwise; and a turn of waiting.
 WAIT_MS, LONGEST_MS, TURN_MS = 5.0, 1000.0, 0.01
@@ -98,7 +98,8 @@ class Crew:
             except RuntimeError:  # the interpreter is shutting down, or the system allows no more threads
                 self.hired -= 1
                 self.most = self.hired
-                return
+                break
+        self.desk[THREADS] = self.hired
 
     def dismiss(self) -> None:
         """Send away threads that do not sleep, and start no new ones."""

@@ -25,6 +25,7 @@ FUTEX = {"x86_64": 202, "aarch64": 98}.get(MACHINE) if LINUX else None
 _WAIT, _WAKE = 128, 129
 # Bytes of a set of processors, 1024 of them.
 _MASK = 128
+_MONOTONIC = 6 if sys.platform == "darwin" else 1
 # Linux' struct rusage has so many integers, the last of which counts involuntary switches to another thread.
 _USAGE, _OF_THREAD = 18, 1
 
@@ -102,6 +103,21 @@ def give_way(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def clock(typingctx):
+    """Nanoseconds since some moment; always 0 where the system does not tell."""
+
+    def codegen(context, builder, sig, args):
+        if not POSIX:
+            return ir.Constant(I64, 0)
+        time = builder.bitcast(cgutils.alloca_once(builder, ir.ArrayType(I64, 2)), I64.as_pointer())  # seconds and nanoseconds
+        _call(builder, I32, "clock_gettime", [ir.Constant(I32, _MONOTONIC), time])
+        seconds, rest = (builder.load(place(builder, time, ir.Constant(I64, k)), typ=I64) for k in (0, 1))
+        return builder.add(builder.mul(seconds, ir.Constant(I64, 1_000_000_000)), rest)
+
+    return INTEGER(), codegen
 
 
 @intrinsic

@@ -22,6 +22,7 @@ from fastbn.kernels.cpu.atomics import (
     add_to,
     allow,
     avoid,
+    clock,
     displaced,
     give_way,
     look_at,
@@ -39,9 +40,14 @@ from fastbn.kernels.cpu.simd.types import I64
 # How often a thread looks before it gives way: about 10 us. Who gives way more seldom holds up the threads of others, such as NumPy's in
 # a matrix product (500x500 between calls: 1.24 ms alone; 2.6 ms beside a thread that never gives way, 1.26 with this).
 LOOKS = 300
-# Through how much work a thread sleeps before it is woken, in values / 65,536, which take 25 us each: so that a short call after a pause
-# does not wake it, and that those who want its processor have it. And how many calls it must have taken part in for a short nap again.
-SHORT_NAP, LONGEST_NAP, OF_USE = 1, 1 << 12, 32
+# A call wakes nobody that begins so many nanoseconds after the last one, for each 65,536 values of its own, which take 25 us: it would
+# gain less than a tenth of the time from call to call, and who wakes a third thread between matrix products on two processors holds
+# up the product by 10 ms.
+RARE = 100_000
+# A thread whose processor is wanted so soon after a call (in turns of 10 us) naps: it sleeps through twice as much work as the last time, in
+# units of 65,536 values; unless it was of use for some calls before. After a pause of so many nanoseconds all of that is forgotten. A call
+# of so much work wakes it from a nap.
+HURRY, LONGEST_NAP, OF_USE, PAUSE, LONG = 200, 1 << 14, 32, 10_000_000, 32
 # The phase after the last.
 OVER = -1
 # What runs a piece, of any program: its arguments' address, the phase, the thread's seat, the first and the last task.
@@ -143,11 +149,10 @@ def follow(desk, seat):
 def serve(desk):
     """Wait for calls and take part in them, until STOP.
 
-    A thread looks for a call, gives way to others now and then, and sleeps after PATIENCE turns of that. It sleeps at once where others
-    want its processor, and twice as long each time, until it was of use for some calls in a row. Where the system has no futex, it
-    returns instead of sleeping.
+    A thread looks for a call, gives way to others now and then, and sleeps after PATIENCE turns of that, or at once where others want its
+    processor. Where the system has no futex, it returns instead of sleeping.
     """
-    served, looks, turns, calls, nap, times = 0, 0, 0, 0, SHORT_NAP, displaced()
+    served, looks, turns, calls, times = 0, 0, 0, 0, displaced()
     while look_at(desk, rows.STOP) == 0:
         job = look_at(desk, rows.JOB)
         if job & 1 and job != served:
@@ -168,21 +173,20 @@ def serve(desk):
             looks, turns = 0, turns + 1
             give_way()
             before, times = times, displaced()
-            wanted, there = times != before, look_at(desk, rows.CALLER)
-            others = wanted and processor() != there
+            wanted = times != before
             if wanted or turns > look_at(desk, rows.PATIENCE):
-                if calls >= OF_USE:
-                    nap = SHORT_NAP
-                if others:
-                    nap, calls = min(2 * nap, LONGEST_NAP), 0
-                turns = 0
-                set_to(desk, rows.NAP, nap if others else SHORT_NAP)
+                nap = min(2 * look_at(desk, rows.LAST_NAP) + 1, LONGEST_NAP) if wanted and turns < HURRY and calls < OF_USE else 0
+                set_to(desk, rows.LAST_NAP, nap)
+                set_to(desk, rows.NAP, nap)
+                turns, calls = 0, 0
                 add_to(desk, rows.SLEEPERS, 1)
                 if not FUTEX:
                     break
                 # Linux may wake a thread on the processor of who wakes it, and let it wait there for milliseconds.
+                there = look_at(desk, rows.CALLER)
                 avoided = avoid(there)
-                sleep_at(desk, rows.JOB, job)
+                sleep_at(desk, rows.JOB, look_at(desk, rows.JOB))  # that of before may be long past
+                add_to(desk, rows.SLEEPERS, -1)
                 if avoided:
                     allow(there)
                 times = displaced()
@@ -202,9 +206,25 @@ def wait(desk, k, wanted):
 
 
 @inline
+def is_worth_waking(desk, work):
+    """Whether to wake threads for a call: not for a short one after a pause, nor while they nap."""
+    idle = clock() - look_at(desk, rows.ENDED)
+    if idle > PAUSE:
+        set_to(desk, rows.LAST_NAP, 0)
+        set_to(desk, rows.NAP, 0)
+    return idle < RARE * work and (work >= LONG or add_to(desk, rows.NAP, -work) <= 0)
+
+
+@inline
 def open_call(desk, code, block, members, cuts, phases):
-    """Lay a call on the desk, if there is none, and wake threads that have slept through enough; whether it lies there."""
-    if members == 1 or look_at(desk, rows.OWNER) != 0 or swap(desk, rows.OWNER, 1) != 0:
+    """Lay a call on the desk, if there is none and threads are awake or worth waking; whether it lies there."""
+    if members == 1:
+        return False
+    sleepers = look_at(desk, rows.SLEEPERS)
+    wakes = sleepers != 0 and is_worth_waking(desk, element(cuts, 0))
+    if not wakes and sleepers >= look_at(desk, rows.THREADS):
+        return False
+    if look_at(desk, rows.OWNER) != 0 or swap(desk, rows.OWNER, 1) != 0:
         return False
     for k in range(0, phases * rows.BOARD, rows.LINE):
         set_to(desk, rows.BOARDS + k, 0)
@@ -216,13 +236,8 @@ def open_call(desk, code, block, members, cuts, phases):
     set_to(desk, rows.CALL + 1, block)
     set_to(desk, rows.CALL + 2, address(cuts))
     add_to(desk, rows.JOB, 1)
-    work = element(cuts, 0)
-    if look_at(desk, rows.SLEEPERS) != 0 and add_to(desk, rows.NAP, -work) < work:
-        sleepers = swap(desk, rows.SLEEPERS, 0)
-        woken = min(sleepers, members - 1)
-        if sleepers > woken:
-            add_to(desk, rows.SLEEPERS, sleepers - woken)
-        wake_at(desk, rows.JOB, woken)
+    if wakes:
+        wake_at(desk, rows.JOB, members - 1)
     return True
 
 
@@ -254,4 +269,6 @@ def lead(desk, code, block, members, cuts, first, last):
             break
     if shared:
         close_call(desk)
+    if members > 1:
+        set_to(desk, rows.ENDED, clock())
     return result
