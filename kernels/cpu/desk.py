@@ -43,7 +43,7 @@ LOOKS = 300
 # A call wakes nobody that begins so many nanoseconds after the last one, for each 65,536 values of its own, which take 25 us: it would
 # gain less than a tenth of the time from call to call, and who wakes a third thread between matrix products on two processors holds
 # up the product by 10 ms.
-RARE = 100_000
+RARE = 1_000_000
 # A thread whose processor is wanted so soon after a call (in turns of 10 us) naps: it sleeps through twice as much work as the last time, in
 # units of 65,536 values; unless it was of use for some calls before. After a pause of so many nanoseconds all of that is forgotten. A call
 # of so much work wakes it from a nap.
@@ -212,7 +212,7 @@ def is_worth_waking(desk, work):
     if idle > PAUSE:
         set_to(desk, rows.LAST_NAP, 0)
         set_to(desk, rows.NAP, 0)
-    return idle < RARE * work and (work >= LONG or add_to(desk, rows.NAP, -work) <= 0)
+    return (work > 1 or idle < RARE) and (work >= LONG or add_to(desk, rows.NAP, -work) <= 0)
 
 
 @inline
