@@ -15,10 +15,12 @@ BACKWARD_ROWS = 5
 
 # Places of the desk, where a call lies for the threads that share it (kernels/cpu/desk.py), each on a cache line of its own:
 # - whose call it is, how many calls began and ended, how many threads are at it and how many took a seat, which phase it is in;
-# - how many threads there are and how many sleep, through how much work, and the last time; how often they give way before; whether to leave;
-# - when the last call ended, the caller's processor, for how many threads the call is, the addresses of its code, its arguments, its cuts.
+# - how many threads there are, how many sleep, through how much work, and through how much the last time;
+# - how often a thread gives way before it sleeps, whether threads are to leave, when the last call ended, the caller's processor;
+# - for how many threads the call is, and the addresses of its code, of its arguments and of its cuts.
 LINE = 8
-OWNER, JOB, INSIDE, SEATS, PHASE, THREADS, SLEEPERS, NAP, LAST_NAP, PATIENCE, STOP, ENDED, CALLER, MEMBERS, CALL = range(0, 15 * LINE, LINE)
+OWNER, JOB, INSIDE, SEATS, PHASE, THREADS, SLEEPERS, NAP, LAST_NAP = range(0, 9 * LINE, LINE)
+PATIENCE, STOP, ENDED, CALLER, MEMBERS, CALL = range(9 * LINE, 15 * LINE, LINE)
 # From here on the board of each phase: the next piece to take, pieces computed, what kernels returned, on a line each.
 BOARDS = CALL + LINE
 NEXT, DONE, FOUND = range(0, 3 * LINE, LINE)

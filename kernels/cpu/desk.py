@@ -37,17 +37,17 @@ from fastbn.kernels.cpu.groups import element
 from fastbn.kernels.cpu.helpers import inline
 from fastbn.kernels.cpu.simd.types import I64
 
-# How often a thread looks before it gives way: about 10 us. Who gives way more seldom holds up the threads of others, such as NumPy's in
-# a matrix product (500x500 between calls: 1.24 ms alone; 2.6 ms beside a thread that never gives way, 1.26 with this).
+# How often a thread looks in a turn of waiting, of about 10 us.
 LOOKS = 300
-# A call wakes nobody that begins so many nanoseconds after the last one, for each 65,536 values of its own, which take 25 us: it would
-# gain less than a tenth of the time from call to call, and who wakes a third thread between matrix products on two processors holds
-# up the product by 10 ms.
-RARE = 1_000_000
-# A thread whose processor is wanted so soon after a call (in turns of 10 us) naps: it sleeps through twice as much work as the last time, in
-# units of 65,536 values; unless it was of use for some calls before. After a pause of so many nanoseconds all of that is forgotten. A call
-# of so much work wakes it from a nap.
-HURRY, LONGEST_NAP, OF_USE, PAUSE, LONG = 200, 1 << 14, 32, 10_000_000, 32
+# For how many turns after a call a thread keeps its processor; later it gives way in each. Without the first, other threads that wait (as
+# those of OpenMP do, for some milliseconds) take it for a whole slice of time, and the next calls are done alone. Without the second, a
+# matrix product of 500x500 between two calls takes 2.6 ms, not 1.2, as NumPy's threads are kept from it.
+HOLD = 50
+# A thread whose processor is wanted within so many turns after a call naps. It sleeps through twice as much work as the last time, in
+# units of 65,536 values (25 us); unless it has been of use for some calls. A call of so many units wakes it from a nap.
+HURRY, LONGEST_NAP, OF_USE, LONG = 200, 1 << 14, 32, 32
+# Nanoseconds since the last call after which naps are forgotten, and after which a call of one unit wakes nobody: it would be over before.
+PAUSE, SHORT_PAUSE = 10_000_000, 1_000_000
 # The phase after the last.
 OVER = -1
 # What runs a piece, of any program: its arguments' address, the phase, the thread's seat, the first and the last task.
@@ -131,25 +131,35 @@ def take(desk, code, block, cuts, phase, seat):
 
 
 @inline
+def ease(looks):
+    """Between two looks in the middle of a call; one more. Whom a thread waits for may want its processor: it gives way soon."""
+    if looks < LOOKS:
+        pause()
+    else:
+        give_way()
+    return looks + 1
+
+
+@inline
 def follow(desk, seat):
     """Take part in the call on the desk, phase by phase."""
     code, block, cuts = look_at(desk, rows.CALL), look_at(desk, rows.CALL + 1), integers_at(look_at(desk, rows.CALL + 2))
-    seen = 0
+    seen, looks = 0, 0
     while True:
         phase = look_at(desk, rows.PHASE)
         if phase == OVER:
             break
         if phase > seen:
             take(desk, code, block, cuts, phase - 1, seat)
-            seen = phase
+            seen, looks = phase, 0
         else:
-            pause()
+            looks = ease(looks)
 
 
 def serve(desk):
     """Wait for calls and take part in them, until STOP.
 
-    A thread looks for a call, gives way to others now and then, and sleeps after PATIENCE turns of that, or at once where others want its
+    A thread looks for a call. Soon it gives way to others now and then. It sleeps after PATIENCE turns, or as soon as others want its
     processor. Where the system has no futex, it returns instead of sleeping.
     """
     served, looks, turns, calls, times = 0, 0, 0, 0, displaced()
@@ -170,11 +180,13 @@ def serve(desk):
             looks += 1
             pause()
         else:
-            looks, turns = 0, turns + 1
+            looks, turns, patience = 0, turns + 1, look_at(desk, rows.PATIENCE)
+            if turns <= min(HOLD, patience):
+                continue
             give_way()
             before, times = times, displaced()
             wanted = times != before
-            if wanted or turns > look_at(desk, rows.PATIENCE):
+            if wanted or turns > patience:
                 nap = min(2 * look_at(desk, rows.LAST_NAP) + 1, LONGEST_NAP) if wanted and turns < HURRY and calls < OF_USE else 0
                 set_to(desk, rows.LAST_NAP, nap)
                 set_to(desk, rows.NAP, nap)
@@ -195,14 +207,10 @@ def serve(desk):
 
 @inline
 def wait(desk, k, wanted):
-    """Until desk[k] is `wanted`. Whom the caller waits for may want its processor: it gives way soon."""
+    """Until desk[k] is `wanted`."""
     looks = 0
     while look_at(desk, k) != wanted:
-        looks += 1
-        if looks < LOOKS:
-            pause()
-        else:
-            give_way()
+        looks = ease(looks)
 
 
 @inline
@@ -212,7 +220,7 @@ def is_worth_waking(desk, work):
     if idle > PAUSE:
         set_to(desk, rows.LAST_NAP, 0)
         set_to(desk, rows.NAP, 0)
-    return (work > 1 or idle < RARE) and (work >= LONG or add_to(desk, rows.NAP, -work) <= 0)
+    return (work > 1 or idle < SHORT_PAUSE) and (work >= LONG or add_to(desk, rows.NAP, -work) <= 0)
 
 
 @inline
