@@ -38,12 +38,17 @@ STEPS = (
 
 # The README's rows: (operation, shape, layout).
 ROWS = (
+    ("forward", (256, 512), "nc"),
+    ("backward", (256, 512), "nc"),
+    ("forward", (32, 64, 28, 28), "channels-last"),
+    ("backward", (32, 64, 14, 14), "channels-first"),
+    ("inference", (32, 64, 28, 28), "channels-first"),
+    ("forward", (4096, 1024), "nc"),
+    ("forward", (32, 256, 56, 56), "channels-last"),
+    ("backward", (32, 256, 56, 56), "channels-last"),
     ("forward", (32, 64, 112, 112), "channels-first"),
     ("forward", (32, 512, 28, 28), "channels-first"),
-    ("forward", (32, 256, 56, 56), "channels-last"),
-    ("forward", (4096, 1024), "nc"),
     ("backward", (32, 64, 112, 112), "channels-first"),
-    ("backward", (32, 256, 56, 56), "channels-last"),
     ("inference", (32, 256, 56, 56), "channels-first"),
 )
 

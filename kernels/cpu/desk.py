@@ -174,8 +174,9 @@ def serve(desk):
                 seat = add_to(desk, rows.SEATS, 1) + 1
                 if seat < look_at(desk, rows.MEMBERS):
                     follow(desk, seat)
+                    turns, calls = 0, calls + 1
             add_to(desk, rows.INSIDE, -1)
-            served, looks, turns, calls = job, 0, 0, calls + 1
+            served, looks = job, 0
         elif looks < LOOKS:
             looks += 1
             pause()
