@@ -20,7 +20,7 @@ def interleave(runs: dict[str, Callable[[], object]], rounds: int, seed: int = 0
 
     On a shared machine absolute times drift by tens of per cent within minutes. What one round holds was measured within a
     fraction of a second, so ratios within a round, and of minima over the rounds, can be trusted further. Each turn
-    begins with a pause and one untimed call, so that nobody pays for the caches its predecessor left.
+    begins with a pause and an untimed turn, so that nobody pays for the caches its predecessor left, nor for threads that sleep.
 
     Parameters
     ----------
@@ -51,9 +51,10 @@ def interleave(runs: dict[str, Callable[[], object]], rounds: int, seed: int = 0
                     times[name].append(None)
                     continue
                 time.sleep(PAUSE)
+                number = max(1, math.ceil(TURN / max(once[name], 1e-7)))
                 if not slow:
-                    runs[name]()
-                times[name].append(_time(runs[name], max(1, math.ceil(TURN / max(once[name], 1e-7)))))
+                    _time(runs[name], number)
+                times[name].append(_time(runs[name], number))
     return times
 
 
