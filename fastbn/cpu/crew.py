@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fastbn.cpu import processors
 from fastbn.cpu.threads import importing
 from fastbn.cpu.uninterrupted import uninterrupted
-from fastbn.kernels.rows import DESK, LINE, PATIENCE, SLEEPERS, STOP, THREADS
+from fastbn.kernels.rows import DESK, LINE, PATIENCE, SLEEPERS, STOP
 
 # For how long threads wait for the next call before they sleep, unless FASTBN_WAIT_MS says otherwise; and a turn of waiting.
 WAIT_MS, LONGEST_MS, TURN_MS = 5.0, 1000.0, 0.01
@@ -88,18 +88,15 @@ class Crew:
         """Start threads. Where there are more than processors they sleep at once: they would keep others from working."""
         turns = int(wait_ms() / TURN_MS)
         self.desk[PATIENCE] = turns if others < processors.available() else 0
-
         serve, self.sleeps_in_kernel = what_threads_run()
         while self.hired < min(others, self.most):
-            self.hired += 1
-            thread = threading.Thread(target=_stand_by, args=(serve, self.desk, self.asleep), name=f"fastbn-{self.hired}", daemon=True)
+            thread = threading.Thread(target=_stand_by, args=(serve, self.desk, self.asleep), name=f"fastbn-{self.hired + 1}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # the interpreter is shutting down, or the system allows no more threads
-                self.hired -= 1
                 self.most = self.hired
-                break
-        self.desk[THREADS] = self.hired
+                return
+            self.hired += 1  # not before: Ctrl-C may strike in between, and a thread too many does no harm
 
     def dismiss(self) -> None:
         """Send away threads that do not sleep, and start no new ones."""

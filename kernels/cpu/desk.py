@@ -163,6 +163,7 @@ def serve(desk):
     processor. Where the system has no futex, it returns instead of sleeping.
     """
     served, looks, turns, calls, times = 0, 0, 0, 0, displaced()
+    add_to(desk, rows.THREADS, 1)
     while look_at(desk, rows.STOP) == 0:
         job = look_at(desk, rows.JOB)
         if job & 1 and job != served:
@@ -203,6 +204,7 @@ def serve(desk):
                 if avoided:
                     allow(there)
                 times = displaced()
+    add_to(desk, rows.THREADS, -1)
     return served
 
 
