@@ -169,6 +169,8 @@ def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) ->
         return "channels" if fused else "sweeps", group, blocks, planes, tasks
     if p.S == 1 or p.folded > 1:
         group = p.C if p.folded > 1 else min(p.C, 1024)
+        # Blocks of about 65,536 values in an even number, so that two threads have as many each: the forward of 16x28x28x16, channels last,
+        # takes 35 us with six blocks and 45 with one.
         wanted = min(32, _whole(max(1, p.N * p.C * p.S >> 16), 2))
         rows = max(-(-p.rows // wanted), -(-512 // (p.folded * p.S)))
         blocks = max(1, -(-p.rows // rows))
