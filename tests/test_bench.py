@@ -26,6 +26,7 @@ import report  # noqa: E402
 import scaling  # noqa: E402
 import startup  # noqa: E402
 import timing  # noqa: E402
+import training  # noqa: E402
 from shapes import BARS, LARGE_BYTES, LAYOUTS, OPS, Case, cases  # noqa: E402
 
 # --- the limit ---
@@ -383,3 +384,26 @@ def test_measured_processes_report_their_failure():
     with pytest.raises(RuntimeError, match=r"ended with 3(.|\n)*told"):
         startup.child("import sys; print('told', file=sys.stderr); sys.exit(3)")
     assert startup.child("import os; print('{\"c\": %s}' % ('FASTBN_CACHE_DIR' in os.environ and 1 or 0))", cache="x") == {"c": 1}
+
+
+# --- a whole step of training ---
+
+
+def test_naive_normalisation_trains_as_fastbn_does():
+    """Layer by layer: the output, the gradients and the running statistics, which they keep by the same rule but for n / (n - 1)."""
+    nets = training.nets()
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((16, 1, 28, 28), np.float32), rng.integers(0, 10, 16)
+    losses = {name: training.step(net, images, labels) for name, net in nets.items()}
+    assert losses["fastbn"] == pytest.approx(losses["naive NumPy"], rel=1e-5)
+    pairs = [(a, b) for a, b in zip(nets["naive NumPy"].layers, nets["fastbn"].layers, strict=True) if type(a) is not type(b)]
+    assert len(pairs) == 4
+    for naive, ours in pairs:
+        np.testing.assert_allclose(naive.running_mean.ravel(), ours.running_mean, rtol=1e-4, atol=1e-6)
+        for name, gradient in ours.gradients().items():
+            np.testing.assert_allclose(naive.gradients()[name].ravel(), gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_of_training(capsys):
+    training.main(["--batch-size", "8", "--steps", "4", "--threads", "1"])
+    assert [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["none", "naive NumPy", "fastbn"]
