@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import reference
 
+import fastbn
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 if str(BENCH) not in sys.path:
     sys.path.append(str(BENCH))
@@ -405,5 +407,9 @@ def test_naive_normalisation_trains_as_fastbn_does():
 
 
 def test_a_step_of_training(capsys):
-    training.main(["--batch-size", "8", "--steps", "4", "--threads", "1"])
+    before = fastbn.get_num_threads()
+    try:
+        training.main(["--batch-size", "8", "--steps", "4", "--threads", "1"])
+    finally:
+        fastbn.set_num_threads(before)
     assert [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["none", "naive NumPy", "fastbn"]
