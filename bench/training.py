@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
+from contenders import EPS, MOMENTUM
+from threadpoolctl import threadpool_limits
 from timing import no_collection, readable_time
 
 import fastbn
@@ -25,26 +28,23 @@ SIDE, CLASSES, LR = 28, 10, 0.1
 
 
 class NaiveBatchNorm(Layer):
-    """The formulas with whole-array temporaries, as they are written when a course asks for them."""
+    """Naive NumPy's formulas (`peers.py`) as a layer."""
 
-    def __init__(self, channels: int, ndim: int) -> None:
-        self.axes = tuple(a for a in range(ndim) if a != 1)
-        shape = (1, channels, *[1] * (ndim - 2))
-        self.gamma, self.beta = np.ones(shape, np.float32), np.zeros(shape, np.float32)
-        self.running_mean, self.running_var = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    def __init__(self, channels: int) -> None:
+        self.gamma, self.beta = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+        self.running_mean, self.running_var = np.zeros(channels, np.float32), np.ones(channels, np.float32)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        mean, var = x.mean(self.axes, keepdims=True), x.var(self.axes, keepdims=True)
-        self.invstd = 1 / np.sqrt(var + np.float32(1e-5))
-        self.xhat = (x - mean) * self.invstd
-        self.running_mean += 0.1 * (mean - self.running_mean)
-        self.running_var += 0.1 * (var - self.running_var)
-        return self.gamma * self.xhat + self.beta
+        self.x = x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x
+        axes = (0, 2) if x.ndim > 2 else 0
+        self.mean, self.var = self.x.mean(axes), self.x.var(axes)
+        self.running_mean += MOMENTUM * (self.mean - self.running_mean)
+        self.running_var += MOMENTUM * (self.var - self.running_var)
+        return peers.numpy_normalise(self.x, self.gamma, self.beta, self.mean, self.var, EPS).reshape(x.shape)
 
     def backward(self, dy: np.ndarray) -> np.ndarray:
-        self.dgamma, self.dbeta = (dy * self.xhat).sum(self.axes, keepdims=True), dy.sum(self.axes, keepdims=True)
-        count = dy.size // dy.shape[1]
-        return self.gamma * self.invstd * (dy - self.dbeta / count - self.xhat * (self.dgamma / count))
+        dx, self.dgamma, self.dbeta = peers.numpy_backward(dy.reshape(self.x.shape), self.x, self.gamma, self.mean, self.var, EPS)
+        return dx.reshape(dy.shape)
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {"gamma": self.gamma, "beta": self.beta}
@@ -57,9 +57,7 @@ def nets() -> dict[str, Any]:
     """The three, with the same weights."""
     found = {name: lenet(np, SIDE, CLASSES, batch_norm=name != "none", seed=0) for name in ("none", "naive NumPy", "fastbn")}
     layers = found["naive NumPy"].layers
-    for k, layer in enumerate(layers):
-        if isinstance(layer, fastbn.BatchNorm):
-            layers[k] = NaiveBatchNorm(layer.num_features, 4 if k < 6 else 2)
+    layers[:] = [NaiveBatchNorm(layer.num_features) if isinstance(layer, fastbn.BatchNorm) else layer for layer in layers]
     return found
 
 
@@ -98,8 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--threads", type=int, default=fastbn.get_num_threads())
     args = parser.parse_args(argv)
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn
-
     fastbn.set_num_threads(args.threads)
     with threadpool_limits(args.threads, user_api="blas"):
         rows = measure(args.batch_size, args.steps)

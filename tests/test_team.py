@@ -1,5 +1,7 @@
 """How a call is cut into pieces, and how threads share it: every task once, whoever comes."""
 
+import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +12,12 @@ import pytest
 import subprocesses
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 
 from fastbn.cpu import dispatch
 from fastbn.cpu.crew import Crew
 from fastbn.kernels import rows
-from fastbn.kernels.cpu import team, variants
+from fastbn.kernels.cpu import atomics, team, variants
 from fastbn.kernels.cpu.arguments import PLACES, ForwardArrays, Shape, whole_lines
 
 
@@ -168,6 +171,24 @@ def test_threads_leave(three):
         assert time.perf_counter() < stop
         call(three, crew.desk, ([0, 1], [0, 0], [0, 1]), Partial(1), 3)
         time.sleep(0.001)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are moved on Linux alone")
+def test_a_thread_forbids_itself_a_processor():
+    """And has it again; not its only one, nor one that it never had."""
+    allow = njit(lambda number, allowed: atomics.allow(number, allowed))
+
+    def trying():
+        all_ = os.sched_getaffinity(0)
+        first, others = min(all_), all_ - {min(all_)}
+        steps = [(first, False), (first, False), (first, True), (first, True), (1023, False), (-1, False)]
+        return [(allow(*step), os.sched_getaffinity(0)) for step in steps], all_, others
+
+    with ThreadPoolExecutor(1) as pool:
+        found, all_, others = pool.submit(trying).result()
+    moved = bool(others)
+    assert found[:4] == [(moved, others or all_), (False, others or all_), (moved, all_), (False, all_)]
+    assert found[4:] == [(False, all_)] * 2
 
 
 def test_names_of_machine_code_differ():

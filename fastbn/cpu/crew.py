@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fastbn.cpu import processors
 from fastbn.cpu.threads import importing
 from fastbn.cpu.uninterrupted import uninterrupted
-from fastbn.kernels.rows import DESK, LINE, PATIENCE, SLEEPERS, STOP
+from fastbn.kernels.rows import DESK, PATIENCE, SLEEPERS, STOP
 
 # For how long threads wait for the next call before they sleep, unless FASTBN_WAIT_MS says otherwise; and a turn of waiting.
 WAIT_MS, LONGEST_MS, TURN_MS = 5.0, 1000.0, 0.01
@@ -57,7 +57,8 @@ def what_threads_run() -> tuple[Callable[[NDArray[np.int64]], int], bool]:
 
     def load() -> tuple[Any, bool]:
         with importing:  # not inherited half done by a forked child
-            from fastbn.kernels.cpu.variants import FUTEX, serve
+            from fastbn.kernels.cpu.atomics import FUTEX
+            from fastbn.kernels.cpu.variants import serve
 
         return serve(), bool(FUTEX)  # type: ignore[no-untyped-call]
 
@@ -68,9 +69,7 @@ class Crew:
     """The threads of a process, and their desk."""
 
     def __init__(self) -> None:
-        raw = np.zeros(DESK + LINE, np.int64)
-        start = -(raw.__array_interface__["data"][0] // 8) % LINE
-        self.desk: NDArray[np.int64] = raw[start : start + DESK]
+        self.desk: NDArray[np.int64] = np.zeros(DESK, np.int64)
         self.hired, self.most = 0, 1 << 10
         self.sleeps_in_kernel = True  # of the system; else in `asleep`
         self.asleep: SimpleQueue[None] = SimpleQueue()

@@ -143,7 +143,7 @@ def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, tra
     scratch = (group, 4 * LANES)
     if p.family == "columns":
         # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
-        scratch = (6, -(-width // LANES) * LANES + LANES)
+        scratch = (6, _whole(width, LANES) + LANES)
         tasks["parts of strips"] = -(-p.C // group) * max(1, -(-p.rows // part))
     tasks[""] = 1
     shape = Shape(p.N, p.C, p.S, p.rows, p.tail_columns, p.folded, group, blocks, rows, part, BLOCK, *scratch)

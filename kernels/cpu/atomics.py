@@ -22,7 +22,7 @@ POSIX, LINUX = os.name == "posix", sys.platform == "linux"
 PAUSE = {"x86_64": ("llvm.x86.sse2.pause",), "aarch64": ("llvm.aarch64.hint", 1)}.get(MACHINE)
 # The number of Linux' system call that sleeps until a word of memory changes, and its operations among threads of one process.
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(MACHINE) if LINUX else None
-_WAIT, _WAKE = 128, 129
+WAIT, WAKE = 128, 129
 # Bytes of a set of processors, 1024 of them.
 _MASK = 128
 _MONOTONIC = 6 if sys.platform == "darwin" else 1
@@ -146,68 +146,43 @@ def processor(typingctx):
     return INTEGER(), codegen
 
 
-def _affinity(builder, number, allowed):
-    """Allow or forbid this thread a processor; whether that changed anything."""
-    changed = cgutils.alloca_once_value(builder, ir.Constant(I1, 0))
-    words = cgutils.alloca_once(builder, ir.ArrayType(I64, _MASK // 8))
-    mask, itself, size = builder.bitcast(words, I64.as_pointer()), ir.Constant(I32, 0), ir.Constant(I64, _MASK)
-    done = _call(builder, I32, "sched_getaffinity", [itself, size, mask])
-    known = builder.icmp_unsigned("<", number, ir.Constant(I64, 8 * _MASK))
-    with builder.if_then(builder.and_(known, builder.icmp_signed("==", done, ir.Constant(I32, 0)))):
-        word = place(builder, mask, builder.lshr(number, ir.Constant(I64, 6)))
-        bit, before = builder.shl(ir.Constant(I64, 1), builder.and_(number, ir.Constant(I64, 63))), builder.load(word, typ=I64)
-        is_allowed = builder.icmp_signed("!=", builder.and_(before, bit), ir.Constant(I64, 0))
-        with builder.if_then(builder.not_(is_allowed) if allowed else is_allowed):
-            builder.store(builder.xor(before, bit), word)
-            done = _call(builder, I32, "sched_setaffinity", [itself, size, mask])
-            builder.store(builder.icmp_signed("==", done, ir.Constant(I32, 0)), changed)
-    return builder.load(changed)
-
-
 @intrinsic
-def avoid(typingctx, number):
-    """Keep this thread off a processor, if it may run on others too; whether that is so now and was not before."""
+def allow(typingctx, number, allowed):
+    """Allow this thread a processor, or forbid it, if it may run on others too; whether that changed anything."""
 
     def codegen(context, builder, sig, args):
-        return _affinity(builder, args[0], False) if LINUX else ir.Constant(I1, 0)
+        if not LINUX:
+            return ir.Constant(I1, 0)
+        number, allowed = args
+        changed = cgutils.alloca_once_value(builder, ir.Constant(I1, 0))
+        words = cgutils.alloca_once(builder, ir.ArrayType(I64, _MASK // 8))
+        mask, itself, size = builder.bitcast(words, I64.as_pointer()), ir.Constant(I32, 0), ir.Constant(I64, _MASK)
+        done = _call(builder, I32, "sched_getaffinity", [itself, size, mask])
+        known = builder.icmp_unsigned("<", number, ir.Constant(I64, 8 * _MASK))
+        with builder.if_then(builder.and_(known, builder.icmp_signed("==", done, ir.Constant(I32, 0)))):
+            word = place(builder, mask, builder.lshr(number, ir.Constant(I64, 6)))
+            bit, before = builder.shl(ir.Constant(I64, 1), builder.and_(number, ir.Constant(I64, 63))), builder.load(word, typ=I64)
+            is_allowed = builder.icmp_signed("!=", builder.and_(before, bit), ir.Constant(I64, 0))
+            with builder.if_then(builder.xor(is_allowed, allowed)):
+                builder.store(builder.xor(before, bit), word)
+                done = _call(builder, I32, "sched_setaffinity", [itself, size, mask])
+                builder.store(builder.icmp_signed("==", done, ir.Constant(I32, 0)), changed)
+        return builder.load(changed)
 
-    return types.boolean(INTEGER), codegen
+    return types.boolean(INTEGER, types.boolean), codegen
 
 
 @intrinsic
-def allow(typingctx, number):
-    """Let this thread on a processor again."""
+def futex(typingctx, integers, k, operation, n):
+    """WAIT: sleep until somebody wakes this thread, unless integers[k] is no longer n. WAKE: n threads that sleep there.
 
-    def codegen(context, builder, sig, args):
-        return _affinity(builder, args[0], True) if LINUX else ir.Constant(I1, 0)
-
-    return types.boolean(INTEGER), codegen
-
-
-def _futex(builder, address, operation, value):
-    rest = [ir.Constant(I64, 0)] * 3
-    _call(builder, I64, "syscall", [ir.Constant(I64, FUTEX), address, ir.Constant(I64, operation), value, *rest], variadic=True)
-
-
-@intrinsic
-def sleep_at(typingctx, integers, k, value):
-    """Sleep until somebody calls `wake_at`, unless integers[k] is no longer `value`; not at all where the system has no futex."""
+    Nothing where the system has no futex.
+    """
 
     def codegen(context, builder, sig, args):
         if FUTEX:
-            _futex(builder, place(builder, args[0], args[1]), _WAIT, args[2])
+            address, rest = place(builder, args[0], args[1]), [ir.Constant(I64, 0)] * 3
+            _call(builder, I64, "syscall", [ir.Constant(I64, FUTEX), address, args[2], args[3], *rest], variadic=True)
         return context.get_dummy_value()
 
-    return types.void(integers, INTEGER, INTEGER), codegen
-
-
-@intrinsic
-def wake_at(typingctx, integers, k, number):
-    """Wake `number` threads that sleep there, or all if there are fewer."""
-
-    def codegen(context, builder, sig, args):
-        if FUTEX:
-            _futex(builder, place(builder, args[0], args[1]), _WAKE, args[2])
-        return context.get_dummy_value()
-
-    return types.void(integers, INTEGER, INTEGER), codegen
+    return types.void(integers, INTEGER, INTEGER, INTEGER), codegen

@@ -19,19 +19,19 @@ from fastbn.kernels.cpu.atomics import (
     FUTEX,
     INTEGER,
     INTEGERS,
+    WAIT,
+    WAKE,
     add_to,
     allow,
-    avoid,
     clock,
     displaced,
+    futex,
     give_way,
     look_at,
     pause,
     processor,
     set_to,
-    sleep_at,
     swap,
-    wake_at,
 )
 from fastbn.kernels.cpu.groups import element
 from fastbn.kernels.cpu.helpers import inline
@@ -41,7 +41,7 @@ from fastbn.kernels.cpu.simd.types import I64
 LOOKS = 300
 # For how many turns after a call a thread keeps its processor; later it gives way in each. Without the first, other threads that wait (as
 # those of OpenMP do, for some milliseconds) take it for a whole slice of time, and the next calls are done alone. Without the second, a
-# matrix product of 500x500 between two calls takes 2.6 ms, not 1.2, as NumPy's threads are kept from it.
+# matrix product of 500x500 between two calls takes 2.6 ms, not 1.3, as NumPy's threads are kept from it.
 HOLD = 50
 # A thread whose processor is wanted within so many turns after a call naps. It sleeps through twice as much work as the last time, in
 # units of 65,536 values (25 us); unless it has been of use for some calls. A call of so many units wakes it from a nap.
@@ -168,8 +168,8 @@ def serve(desk):
         job = look_at(desk, rows.JOB)
         if job & 1 and job != served:
             here = processor()
-            if here == look_at(desk, rows.CALLER) and avoid(here):
-                allow(here)
+            if here == look_at(desk, rows.CALLER) and allow(here, False):
+                allow(here, True)
             add_to(desk, rows.INSIDE, 1)
             if look_at(desk, rows.JOB) == job:
                 seat = add_to(desk, rows.SEATS, 1) + 1
@@ -198,11 +198,11 @@ def serve(desk):
                     break
                 # Linux may wake a thread on the processor of who wakes it, and let it wait there for milliseconds.
                 there = look_at(desk, rows.CALLER)
-                avoided = avoid(there)
-                sleep_at(desk, rows.JOB, look_at(desk, rows.JOB))  # that of before may be long past
+                avoided = allow(there, False)
+                futex(desk, rows.JOB, WAIT, look_at(desk, rows.JOB))  # that of before may be long past
                 add_to(desk, rows.SLEEPERS, -1)
                 if avoided:
-                    allow(there)
+                    allow(there, True)
                 times = displaced()
     add_to(desk, rows.THREADS, -1)
     return served
@@ -248,7 +248,7 @@ def open_call(desk, code, block, members, cuts, phases):
     set_to(desk, rows.CALL + 2, address(cuts))
     add_to(desk, rows.JOB, 1)
     if wakes:
-        wake_at(desk, rows.JOB, members - 1)
+        futex(desk, rows.JOB, WAKE, members - 1)
     return True
 
 

@@ -13,7 +13,6 @@ from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from fastbn.kernels.cpu import arguments, atomics, desk, groups, team
-from fastbn.kernels.cpu.atomics import FUTEX as FUTEX
 from fastbn.kernels.cpu.cache import KernelCache
 from fastbn.kernels.cpu.simd import Pointer, bfloat16
 
@@ -78,14 +77,20 @@ def _without_collecting():
 _compiled = {}
 
 
+def _compile(function, types_, name):
+    """Numba's dispatcher of a function and its entry point for the types, from disk or compiled now; under the compiler lock."""
+    dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    dispatcher._cache = KernelCache(name)
+    with _written_in_vectors(), _without_collecting():
+        return dispatcher, dispatcher.compile(types_)
+
+
 def serve():
     """What a thread runs that waits for calls (desk.py), as a Python callable."""
     variant = "serve", (), "", ()
     with global_compiler_lock:
         if variant not in _compiled:
-            dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(desk.serve)
-            dispatcher._cache = KernelCache("serve")
-            _compiled[variant] = dispatcher, dispatcher.compile((atomics.INTEGERS,))
+            _compiled[variant] = _compile(desk.serve, (atomics.INTEGERS,), "serve")
     return _compiled[variant][1]
 
 
@@ -106,10 +111,5 @@ def compiled(name, kernels, dtype, present=()):
                 types_ = team.signature(signature(backward, dtype, present))
                 # Types do not tell all variants apart, neither in the cache nor as names of machine code.
                 full_name = "_".join((name, dtype, *present))
-                dispatcher = njit(_nrt=False, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(
-                    team.program(full_name, kernels, groups_of)
-                )
-                dispatcher._cache = KernelCache(full_name)
-                with _written_in_vectors(), _without_collecting():
-                    _compiled[variant] = dispatcher, dispatcher.compile(types_)
+                _compiled[variant] = _compile(team.program(full_name, kernels, groups_of), types_, full_name)
     return _compiled[variant][1]
