@@ -45,7 +45,7 @@ class Explanation:
     fold : int
         Columns: rows that are read as one.
     road, backward_road : str
-        How the memory is crossed: ``"channels"``, ``"strips"`` or ``"sweeps"`` (see fastbn/cpu/dispatch.py).
+        How the memory is crossed: ``"channels"``, ``"cached"``, ``"strips"`` or ``"sweeps"`` (see fastbn/cpu/dispatch.py).
     group, blocks : int
         Channels that are worked on together; blocks of a channel that are summed apart and then merged.
     kernels : mapping of str to tuple of str
@@ -257,9 +257,9 @@ def warmup(
 
     before = len(variants._compiled)
     for dtype in names:
-        for run, present, frozen in _calls(features, dtype):
-            for of, family, traversal in TABLE:
-                if of == run and family in families and (traversal == "sweeps" or not frozen):
+        for run, traversal, present in _calls(features, dtype):
+            for family in families:
+                if (run, family, traversal) in TABLE:
                     dispatch.program(run, family, traversal, dtype, present)
     what_threads_run()
     return len(variants._compiled) - before
@@ -296,8 +296,8 @@ def _families(ndims: Iterable[int], axes: Iterable[int]) -> tuple[str, ...]:
     return tuple(sorted(families))
 
 
-def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, ...], bool]]:
-    """(what runs, its optional arguments, frozen) of every call with any of the features; as CpuPlan makes them."""
+def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, str, tuple[str, ...]]]:
+    """(what runs, traversal, optional arguments) of every call with any of the features; as CpuPlan makes them."""
     found = set()
     for chosen in chain.from_iterable(combinations(features, n) for n in range(len(features) + 1)):
         relu, residual = "relu" in chosen, "residual" in chosen
@@ -313,5 +313,7 @@ def _calls(features: tuple[str, ...], dtype: str) -> set[tuple[str, tuple[str, .
                 ("inference", {"residual": residual, "mask": relu, "relu": relu}),
                 ("backward", {"mask": relu, "dresidual": residual, "frozen": True}),
             ]
-            found |= {(run, present_arguments(run, dtype, **given), "frozen" in given) for run, given in calls}
+            for run, given in calls:
+                traversals = {"sweeps"} if "frozen" in given else {traversal for of, _, traversal in TABLE if of == run}
+                found |= {(run, traversal, present_arguments(run, traversal, dtype, **given)) for traversal in traversals}
     return found

@@ -52,19 +52,25 @@ def float32_anchor(mean, var, scale, beta):
     return where(zero, 0.0, where(near, mean, math.nan))
 
 
-def float32_products_hold(a, largest, std, count):
-    """Whether dx and the sums of a channel may be computed in float32, where `largest` is the largest abs(dy), and dx = a * dy + ...
+def float32_products_hold(a, b, largest, farthest, std, count):
+    """Whether dx and the sums of a channel may be computed in float32, with dx = a * dy + b * (x - mean) + c.
+
+    `largest` is the largest abs(dy), `farthest` the largest abs(x - mean), or 0 where dx is rounded to a half type.
 
     Deviations from the mean are between std, the largest at least, and sqrt(count) * std. Products of them with dy, and dx itself, must
-    not overflow; what vanishes, 2**-149 of a product or of the slope, must not count.
+    not overflow; what vanishes, 2**-149 of a product or of the slope, must not count. Rounding costs a float32 dx at most
+    2**-24 * (4 * abs(b) * farthest + 5 * abs(a) * largest), since abs(c) <= abs(a) * largest: with the limit of 2 below 0.8e-6 of
+    abs(a) * largest, where 1e-6 is allowed. Only an outlier, or dy that goes with x, comes near: at random b * std is a / sqrt(count).
     """
-    farthest = math.sqrt(count) * std
-    if largest * std == 0.0:
-        return largest <= 2.0**100 and abs(a) * largest <= 2.0**100
-    if not (largest * std >= 2.0**-100 and largest * farthest <= 2.0**100 and largest <= 2.0**100):
-        return False
     size = abs(a) * largest
-    return a == 0.0 or 2.0**-100 * max(1.0, farthest) <= size <= 2.0**100
+    if abs(b) * farthest > 2.0 * size:
+        return False
+    largest_product = largest * math.sqrt(count) * std
+    if largest_product == 0.0:
+        return largest <= 2.0**100 and size <= 2.0**100
+    if not (largest * std >= 2.0**-100 and largest_product <= 2.0**100 and largest <= 2.0**100):
+        return False
+    return a == 0.0 or 2.0**-100 * max(1.0, math.sqrt(count) * std) <= size <= 2.0**100
 
 
 def backward_coefficients(gamma, invstd, sum_dy, sum_dy_xmu, count):

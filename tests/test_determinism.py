@@ -7,8 +7,6 @@ import pytest
 import subprocesses
 
 import fastbn
-from fastbn.arguments import plans
-from fastbn.cpu import dispatch
 
 
 @pytest.fixture
@@ -60,24 +58,6 @@ def test_addresses(name, dtype, threads):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert checks.same_bits(a, b)
-
-
-@pytest.fixture
-def constants(monkeypatch):
-    """Set constants of the schedule; what was planned with others is forgotten, before and after."""
-
-    def forget():
-        plans._plans.clear()
-        dispatch.schedule.cache_clear()
-
-    def set_constants(**values):
-        for name, value in values.items():
-            monkeypatch.setattr(dispatch, name, value)
-        forget()
-
-    yield set_constants
-    monkeypatch.undo()
-    forget()
 
 
 @pytest.mark.parametrize("features", [{}, {"activation": "relu"}, {"weights": True}], ids=str)

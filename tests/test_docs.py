@@ -72,8 +72,9 @@ def test_distributed_moments(workers):
     assert done.returncode == 0, done.stderr
     errors = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
     assert len(errors) == workers
-    # Two correct float32 results differ by two roundings at most; a worker that used its own part's statistics is off by 1e-2.
-    assert max(errors) < 2e-6
+    # dgamma and dbeta of the whole batch in one call may be off by 1e-6 of the sum of their 9408 absolute terms, of which a hundredth is
+    # left; all else differs by two roundings. A worker that used its own part's statistics is off by 1e-2.
+    assert max(errors) < 1e-5
 
 
 def test_distributed_moments_without_mpi4py():

@@ -11,6 +11,7 @@ import pytest
 import reference
 
 import fastbn
+from fastbn.cpu import dispatch
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes, which is not installed")
 
@@ -79,6 +80,17 @@ def test_training(shape, layout, half):
     (x, axis), (dy, _) = (arranged(shape, half, layout, seed) for seed in (0, 1))
     y, _ = check(x, dy, axis, half)
     checks.assert_same_order(y, x)
+
+
+@HALF
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("shape", [(9, 33, 14, 14), (3, 9, 27, 33), (5, 40, 29, 31)], ids=str)
+def test_planes_in_memory(shape, activation, half, constants):
+    """Small arrays on the road of large ones."""
+    constants(STREAM_FROM=0, CACHE=4 * shape[0] * shape[2] * shape[3] * 8)
+    x, axis = arranged(shape, half, "contiguous", scale=3, shift=1)
+    assert fastbn.explain(x).backward_road == "channels"
+    check(x, arranged(shape, half, "contiguous", seed=1)[0], axis, half, activation=activation)
 
 
 @HALF
@@ -204,8 +216,10 @@ UNFIT = {
 @pytest.mark.parametrize("case", UNFIT)
 @pytest.mark.parametrize("layout", ["contiguous", "axis -1"])
 @pytest.mark.parametrize("shape", [(6, 20, 7, 7), (40, 40, 5, 3), (3, 12, 27, 33), (3, 2, 27, 33), (64, 50)], ids=str)
-def test_backward_of_channels_that_float32_does_not_reach(shape, layout, case):
+@pytest.mark.parametrize("stream_from", [0, dispatch.STREAM_FROM], ids=["in memory", "cached"])
+def test_backward_of_channels_that_float32_does_not_reach(shape, layout, case, stream_from, constants):
     """One channel among others that fit, on every road; also where dx takes dy's place, so that nothing can be done twice."""
+    constants(STREAM_FROM=stream_from)
     size, dy_size, g, eps = UNFIT[case]
     bad = shape[1] // 2
     x, dy = (inputs.normal(shape, np.float64, seed) for seed in (0, 1))

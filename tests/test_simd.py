@@ -248,9 +248,9 @@ def test_loads_in_the_lanes_of_another_vector(name, lanes64):
 
 @pytest.mark.parametrize("lanes32", [None, True], ids=["float64 sums", "float32 sums"])
 def test_parts_of_sums(lanes32):
-    """In float32 lanes a part starts from 0, ends every 128 values and is added; in float64 lanes it is the sum itself."""
+    """In float32 lanes a part starts from 0, ends after 14 vectors and is added; in float64 lanes it is the sum itself."""
 
-    def use(total, values, out, scalars, lanes32):
+    def use(total, values, narrow, out, scalars, lanes32):
         lanes = simd.lanes64_unless(lanes32)
         v = simd.rounded(simd.load(values, 0), lanes)
         part = simd.float32_sum(simd.load(total, 0), v)
@@ -259,26 +259,29 @@ def test_parts_of_sums(lanes32):
         simd.store(out, 16, simd.float64_sum(simd.load(total, 0), part))
         most = simd.largest(simd.rounded(simd.splat(2.0), lanes), v)
         simd.store(out, 32, most)
+        simd.store(out, 48, simd.largest_if_float32(values, most, simd.rounded(simd.splat(-7.0), lanes)))
+        simd.store(out, 64, simd.largest_if_float32(narrow, most, simd.rounded(simd.splat(-7.0), lanes)))
         simd.put(scalars, 0, simd.largest_lane(most))
         simd.put(scalars, 1, simd.sum_end(0, v) + 0.0)
-        simd.put(scalars, 2, simd.sum_end(127, v) + 0.0)
-        simd.put(scalars, 3, simd.sum_end(128, v) + 0.0)
+        simd.put(scalars, 2, simd.sum_end(100, v) + 0.0)
 
     double = Pointer(types.float64)
     total, values = np.random.default_rng(2).standard_normal((2, LANES))
     values[3], values[5] = np.nan, -100
-    out, scalars = np.empty((3, LANES)), np.empty(4)
-    compiled(use, double, double, double, double, lanes64_type(lanes32))(total, values, out, scalars, lanes32)
+    out, scalars, narrow = np.empty((5, LANES)), np.empty(3), Pointer(types.float32)
+    compiled(use, double, double, narrow, double, double, lanes64_type(lanes32))(total, values, np.zeros(LANES), out, scalars, lanes32)
     if lanes32:
         values = values.astype(np.float32)
         np.testing.assert_array_equal(out[0], values)
         np.testing.assert_array_equal(out[1], total + values)
         np.testing.assert_array_equal(out[2], np.fmax(2, np.abs(values)))
-        np.testing.assert_array_equal(scalars, [100, 128, 128, 256])
+        np.testing.assert_array_equal(out[3], out[2])  # of float64 values nobody asks
+        np.testing.assert_array_equal(out[4], np.fmax(7, np.abs(values)))
+        np.testing.assert_array_equal(scalars, [100, 224, 324])
     else:
         np.testing.assert_array_equal(out[0], total + values)
         np.testing.assert_array_equal(out[1], total + values)
-        np.testing.assert_array_equal(out[2], 2)
+        np.testing.assert_array_equal(out[2:], 2)
         assert (scalars[1:] > 1e18).all()
 
 

@@ -3,7 +3,8 @@
 The key is (what runs, family, traversal). A traversal says how memory is crossed:
 
 - ``channels``: planes, one group of channels after another; the second sweep reads the cache;
-- ``strips``: the same for columns with short planes, or with few rows;
+- ``cached``: the same in the backward of a tensor that the caches hold, one channel after another;
+- ``strips``: one strip after another, for columns with short planes, or with few rows;
 - ``sweeps``: the whole array once for the statistics, once for the output: channels last, a few huge channels, inference.
 
 A line of the table is compiled as one program, in variants (kernels/cpu/variants.py). Each kernel is split into tasks, or is not. A small
@@ -35,6 +36,7 @@ KERNELS: Mapping[str, tuple[str, str]] = {
     "forward_planes": ("planes", "channels"),
     "stats_planes": ("planes", "blocks of channels"),
     "normalise_planes": ("planes", "segments"),
+    "backward_cached": ("planes_cached", "channels"),
     "backward_planes": ("planes_backward", "channels"),
     "reduce_planes": ("planes_backward", "blocks of channels"),
     "apply_planes": ("planes_backward", "segments"),
@@ -61,6 +63,7 @@ TABLE: Mapping[tuple[str, str, str], tuple[str, ...]] = {
     ("inference", "columns", "sweeps"): ("finish_given", "normalise_columns"),
     ("leftovers", "planes", "sweeps"): ("normalise_planes",),
     ("leftovers", "columns", "sweeps"): ("normalise_columns",),
+    ("backward", "planes", "cached"): ("backward_cached",),
     ("backward", "planes", "channels"): ("backward_planes",),
     ("backward", "planes", "sweeps"): ("reduce_planes", "finish_backward", "apply_planes"),
     ("backward", "columns", "strips"): ("backward_columns",),
@@ -89,7 +92,8 @@ WIDEST, WIDEST_FLOAT64 = 2048, 1024
 LEAST_ROWS, MOST_PARTS = 128, 32
 # A channel larger than the last-level cache is read twice from memory whichever way; sweeps keep all threads on it.
 LARGEST_CHANNEL = 16 << 20
-# Fewer channels than this do not feed the threads of a common machine one by one.
+# Fewer channels than this do not feed the threads of a common machine one by one; half of it will do for channels that the L2 cache
+# holds, of which sweeps would read all twice: 32x6x28x28 in 0.8 of their time on one thread, 0.93 on two (forward).
 FEW_CHANNELS = 8
 # A thread's share of a call, in smallest pieces: it waits for the others one of these at most, and a piece has a start and an end.
 SHARES = 4
@@ -109,7 +113,7 @@ class Schedule:
     Attributes
     ----------
     traversal : str
-        ``"channels"``, ``"strips"`` or ``"sweeps"``: the third key of `TABLE` for training.
+        ``"cached"``, ``"channels"``, ``"strips"`` or ``"sweeps"``: the third key of `TABLE` for training.
     tasks : mapping of str to int
         What kernels are split into, and how many there are.
     pieces : int
@@ -140,7 +144,7 @@ def schedule(p: Layout, itemsize: int, tensors: int, residual: bool = False, tra
     width = group * p.S * p.folded
     part = min(rows, max(LEAST_ROWS, -(-p.rows // MOST_PARTS)))
     pieces = 1 + p.count * p.C * itemsize // PIECE
-    scratch = (group, 4 * LANES)
+    scratch = (group, 5 * LANES)  # four vectors of sums, and a scalar
     if p.family == "columns":
         # 6 rows of constants and accumulators by column; a vector more than the width, as whole vectors are written.
         scratch = (6, _whole(width, LANES) + LANES)
@@ -162,11 +166,13 @@ def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) ->
         segments = -(-p.S // BLOCK)
         planes = max(1, BLOCK // p.S)
         blocks = -(-p.N // planes) * segments
-        fused = segments == 1 and p.C >= FEW_CHANNELS and channel <= LARGEST_CHANNEL
+        small = p.N * p.C * p.S * itemsize < STREAM_FROM
+        least = FEW_CHANNELS // 2 if channel <= CACHE else FEW_CHANNELS
+        few = segments > 1 or least > p.C or channel > LARGEST_CHANNEL
         groups = -(-p.C // max(1, min(CACHE // channel, 64)))
         group = -(-p.C // _whole(groups, EVEN))
         tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
-        return "channels" if fused else "sweeps", group, blocks, planes, tasks
+        return "sweeps" if few else "cached" if small and tensors > 1 else "channels", group, blocks, planes, tasks
     if p.S == 1 or p.folded > 1:
         group = p.C if p.folded > 1 else min(p.C, 1024)
         # Blocks of about 65,536 values in an even number, so that two threads have as many each: the forward of 16x28x28x16, channels last,

@@ -36,6 +36,7 @@ def mask_shape(p: Layout) -> tuple[int, int, int]:
 
 def present_arguments(
     run: str,
+    traversal: str,
     dtype: str,
     *,
     residual: bool = False,
@@ -48,9 +49,10 @@ def present_arguments(
     """Names of the optional arguments that are there: they choose the variant of a program.
 
     y is computed in float64 lanes (`lanes64`) for float64, and for the sum with a residual, which may cancel. A backward is computed in
-    float32 lanes where they do (`lanes32`, see kernels/cpu/planes_backward.py): for half types without weights.
+    float32 lanes where they do (`lanes32`, see kernels/cpu/planes_backward.py): without weights, for half types, and for float32 where
+    arithmetic takes the time, and where it is decided for each channel, so that a channel's bits do not depend on its neighbours.
     """
-    forward = run in ("forward", "inference")
+    forward, half = run in ("forward", "inference"), dtype in ("float16", "bfloat16")
     flags = {
         "residual": residual,
         "mask": mask,
@@ -58,7 +60,7 @@ def present_arguments(
         "dresidual": dresidual,
         "frozen": frozen,
         "lanes64": forward and (dtype == "float64" or residual),
-        "lanes32": run == "backward" and dtype in ("float16", "bfloat16") and weights is None and not frozen,
+        "lanes32": run == "backward" and (half or (dtype == "float32" and traversal == "cached")) and weights is None and not frozen,
     }
     names = tuple(name for name, there in flags.items() if there)
     return names if weights is None else (*names, weights)
@@ -141,6 +143,7 @@ class CpuPlan(Plan):
         forward = self.run in ("forward", "inference")
         self.present = present_arguments(
             self.run,
+            self.traversal,
             self.dtype,
             residual=residual and forward,
             weights=None if self.run == "inference" else self.weights_kind,

@@ -259,10 +259,10 @@ def finish_channels_backward(table, grads, channels, partial, first, last, block
 @inline
 def suits_float32(table, grads, partial, c, blocks, count):
     """Whether the numbers of a channel suit sums in float32 lanes."""
-    largest = 0.0
+    largest, farthest = 0.0, 0.0
     for b in range(blocks):
-        largest = max(largest, partial[b, 2, c])
-    return float32_products_hold(grads[COEF_A, c], largest, math.sqrt(table[VAR, c]), count)
+        largest, farthest = max(largest, partial[b, 2, c]), max(farthest, partial[b, 3, c])
+    return float32_products_hold(grads[COEF_A, c], grads[COEF_B, c], largest, farthest, math.sqrt(table[VAR, c]), count)
 
 
 def finish_backward(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):

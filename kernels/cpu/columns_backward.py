@@ -46,7 +46,7 @@ from fastbn.kernels.cpu.strips import (
 )
 
 # Rows of a thread's scratch: constants and accumulators by column.
-MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW, LARGEST_ROW = range(5)
+MEAN_ROW, LOW_ROW, DY_ROW, DY_XMU_ROW, LARGEST_ROW, FARTHEST_ROW = range(6)
 A_ROW, B_ROW, C_ROW, TEMPORARY_ROW = range(2, 6)
 
 # ------------------------------------------------------------------------------------------------------------------ sums
@@ -64,10 +64,10 @@ def reduce_tile(x, dy, weight, mask, lanes32, first, last, column, width, scratc
     lanes = lanes64_unless(lanes32)
     means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
     sums, products = vectors(scratch, DY_ROW), vectors(scratch, DY_XMU_ROW)
-    most = constant_row(scratch, LARGEST_ROW, lanes)
+    most, farthest = constant_row(scratch, LARGEST_ROW, lanes), constant_row(scratch, FARTHEST_ROW, lanes)
     for j in range(0, width, LANES):
         mean, low = rounded(load(means, j), lanes), rounded(load(lows, j), lanes)
-        total = (load(sums, j), load(products, j), read(most, j, lanes))
+        total = (load(sums, j), load(products, j), read(most, j, lanes), read(farthest, j, lanes))
         acc = open_sums(total, mean)
         if j + LANES <= width:
             for r in range(first, last):
@@ -75,32 +75,36 @@ def reduce_tile(x, dy, weight, mask, lanes32, first, last, column, width, scratc
                 prefetch(xp, j + distance)
                 prefetch(dyp, j + distance)
                 g = gradient(dyp, mask_row(mask, r, column), j, mean)
-                acc = add_products(acc, g, deviation(xp, load_like(xp, j, mean), mean, low), weight)
+                acc = add_products(xp, acc, g, deviation(xp, load_like(xp, j, mean), mean, low), weight)
         else:
             n = width - j
             for r in range(first, last):
                 xp = row(x, r, column)
                 g = gradient_masked(row(dy, r, column), mask_row(mask, r, column), j, n, mean)
-                acc = add_products(acc, g, first_lanes(deviation(xp, load_masked_like(xp, j, n, mean), mean, low), n), weight)
+                xmu = first_lanes(deviation(xp, load_masked_like(xp, j, n, mean), mean, low), n)
+                acc = add_products(xp, acc, g, xmu, weight)
         total = close_sums(total, acc)
         store(sums, j, total[0])
         store(products, j, total[1])
         if lanes32 is not None:
             store(most, j, total[2])
+            store(farthest, j, total[3])
 
 
 @inline
 def reduce_block(x, dy, weight, mask, lanes32, first, last, tail_columns, strip, shape, table, scratch, partial, block):
-    """Both sums, and the largest g, of rows first..last of a strip and the `tail_columns` columns of row `last`, as a block of partial."""
+    """Both sums, and the largest values, of rows first..last of a strip and `tail_columns` columns of row `last`, as a block of partial."""
     S = shape.S
     c0, channels, column, width = strip_of(strip, shape)
     for k in range(2 if needs_two_words(x) else 1):  # MEAN, LOW
         spread_to_columns(vectors(scratch, MEAN_ROW + k), moved(vectors(table, MEAN + k), c0), channels, S, width)
     clear(vectors(scratch, DY_ROW), width)
     clear(vectors(scratch, DY_XMU_ROW), width)
-    most = constant_row(scratch, LARGEST_ROW, lanes64_unless(lanes32))
+    lanes = lanes64_unless(lanes32)
+    most, farthest = constant_row(scratch, LARGEST_ROW, lanes), constant_row(scratch, FARTHEST_ROW, lanes)
     if lanes32 is not None:
         clear(most, width)
+        clear(farthest, width)
     distance = prefetch_distance(x, width)
     r, end = first, last + (tail_columns > 0)
     while r < end:
@@ -112,14 +116,16 @@ def reduce_block(x, dy, weight, mask, lanes32, first, last, tail_columns, strip,
     sum_over_columns(vectors(scratch, DY_XMU_ROW), channels, S, width)
     if lanes32 is not None:
         largest_over_columns(most, channels, S, width)
+        largest_over_columns(farthest, channels, S, width)
     copy(vectors(partial[block], 0), c0, vectors(scratch, DY_ROW), channels)
     copy(vectors(partial[block], 1), c0, vectors(scratch, DY_XMU_ROW), channels)
     if lanes32 is not None:
         copy(vectors(partial[block], 2), c0, most, channels)
+        copy(vectors(partial[block], 3), c0, farthest, channels)
 
 
 def reduce_columns(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
-    """Both sums of tasks first..last, and the largest g, into partial; task = block * strips + strip."""
+    """Both sums of tasks first..last, and the largest values, into partial; task = block * strips + strip."""
     x, dy, _, _, weight, mask = gradients
     _, lanes32 = options
     R, block = shape.rows, shape.block

@@ -11,6 +11,7 @@ from fastbn.kernels.cpu.simd import (
     float64_sum,
     get_bits,
     largest,
+    largest_if_float32,
     load_like,
     load_masked_like,
     store,
@@ -22,14 +23,14 @@ from fastbn.kernels.cpu.simd import (
 
 @inline
 def open_sums(sums, like):
-    """(sum of g, sum of g * (x - mean), largest g) to go on with in lanes of `like`'s kind."""
-    return float32_sum(sums[0], like), float32_sum(sums[1], like), sums[2]
+    """(sum of g, sum of g * (x - mean), largest g, largest x - mean) to go on with in lanes of `like`'s kind."""
+    return float32_sum(sums[0], like), float32_sum(sums[1], like), sums[2], sums[3]
 
 
 @inline
 def close_sums(sums, part):
     """The sums with what the part has added."""
-    return float64_sum(sums[0], part[0]), float64_sum(sums[1], part[1]), part[2]
+    return float64_sum(sums[0], part[0]), float64_sum(sums[1], part[1]), part[2], part[3]
 
 
 @inline
@@ -44,12 +45,15 @@ def gradient_masked(dyp, mp, j, n, like):
 
 
 @inline
-def add_products(part, g, xmu, weight):
-    """Add to (sum of g, sum of g * (x - mean), largest g). Under weights a masked x may be NaN: it counts only where g does."""
-    s, p, t = part
+def add_products(xp, part, g, xmu, weight):
+    """Add to (sum of g, sum of g * (x - mean), largest g, largest x - mean).
+
+    Under weights a masked x may be NaN: it counts only where g does.
+    """
+    s, p, most, farthest = part
     if weight is not None:
         xmu = where_bits(xmu, bits_above_zero(g * g))
-    return s + g, p + g * xmu, largest(t, g)
+    return s + g, p + g * xmu, largest(most, g), largest_if_float32(xp, farthest, xmu)
 
 
 @inline

@@ -4,20 +4,23 @@ With g = dy where the ReLU passed and 0 elsewhere, a channel needs two sums, of 
 
     dx = A * g + B * (x - mean) + C,   dresidual = g,
 
-in float64 lanes for float32 too: float32 would lose the bound where B * (x - mean) is much larger than A * g, which takes one outlier.
+in float64 lanes for float32 too, where memory takes the time.
 
-Of float16 and bfloat16, whose dx is rounded to 11 bits or 8, dx and its sums are computed in float32 lanes (the option `lanes32`).
-Each 128 values, 8 a lane, are summed in float32 and then added to float64: that is 8 roundings of 6e-8 at most. x - mean is
-taken around the mean in float32; what that leaves out is put right in the sum, and in C. Beside the sums goes the largest g, which
-tells whether float32 has room for the products (`float32_products_hold` in formulas.py). What has not is computed again, in float64 lanes,
-before anything is written: dx may take the place of dy.
+In float32 lanes (the option `lanes32`) are computed dx and its sums of float16 and bfloat16, whose dx is rounded to 11 bits or 8, and of
+float32 in planes_cached.py, where arithmetic takes the time. Parts of 224 values, 14 a lane, are summed in float32 and then added to
+float64. x - mean is taken around the mean in float32; what that leaves out is put right in the sum, and in C. Beside the sums go the
+largest g and, of float32, the largest x - mean. They tell whether float32 has room for the products, and whether dx keeps the bound
+(`float32_products_hold` in formulas.py): not where B * (x - mean) is much larger than A * g, which takes one outlier. Such a channel is
+computed again, in float64 lanes, before anything of it is written: dx may take the place of dy. With the largest values in tow a sum
+from memory takes 1.13 times as long, for more instructions between two loads: hence float64 there.
 
 Versions, in passes over memory (the floor is three):
 
 1. two sweeps over the whole tensors: five passes over memory, six with ordinary stores;
 2. channel by channel, so that the second sweep reads the cache, with streaming stores: three;
 3. `backward_planes`, the fused sweep, as in the forward: dx of one group of channels, sums of the next;
-4. float32 lanes for half types: 32x512x28x28 in 0.66 of the time in float64 lanes, 8x64x56x56 on one thread in 0.5 (float16; both in turn).
+4. float32 lanes for half types: 32x512x28x28 in 0.66 of the time in float64 lanes, 8x64x56x56 on one thread in 0.5 (float16; both in turn);
+5. counted loops, which LLVM unrolls: in float32 lanes the fused sweep of 32x64x56x56 from 1.12 times its time in float64 lanes to 1.0.
 """
 
 from fastbn.kernels.cpu.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channels_backward, suits_float32
@@ -46,48 +49,42 @@ from fastbn.kernels.cpu.simd import (
     sum_lanes,
     vectors,
 )
-from fastbn.kernels.cpu.sums import LARGEST, load_sums, save_sums
+from fastbn.kernels.cpu.sums import FARTHEST, LARGEST, load_sums, save_sums
 
-# A scalar of a scratch row, behind three vectors of sums: whether float32 lanes do not do for the channel.
-LEFT_OUT = 3 * LANES
+# A scalar of a scratch row, behind four vectors of sums: whether float32 lanes do not do for the channel.
+LEFT_OUT = 4 * LANES
 
 # ------------------------------------------------------------------------------------------------------ sums over a plane
 
 
 @inline
 def reduce(xp, dyp, mp, weight, j, mean, low, part):
-    return add_products(part, gradient(dyp, mp, j, mean), deviation(xp, load_like(xp, j, mean), mean, low), weight)
+    return add_products(xp, part, gradient(dyp, mp, j, mean), deviation(xp, load_like(xp, j, mean), mean, low), weight)
 
 
 @inline
 def reduce_masked(xp, dyp, mp, weight, j, n, mean, low, part):
     xmu = first_lanes(deviation(xp, load_masked_like(xp, j, n, mean), mean, low), n)
-    return add_products(part, gradient_masked(dyp, mp, j, n, mean), xmu, weight)
+    return add_products(xp, part, gradient_masked(dyp, mp, j, n, mean), xmu, weight)
 
 
 @inline
-def reduce_tail(xp, dyp, mp, weight, start, stop, mean, low, sums, part):
-    """Both sums over start..stop of a plane, with a part that has been begun."""
+def reduce_plane(xp, dyp, mp, weight, start, stop, mean, low, x_ahead, dy_ahead, sums):
+    """Both sums over start..stop of a plane; x_ahead and dy_ahead are prefetched meanwhile, or None."""
     j = start
     while j < stop:
-        full = sum_end(j, mean)
-        end = min(full, stop)
-        while j + LANES <= end:
+        part = open_sums(sums, mean)
+        end = min(sum_end(j, mean), stop)
+        for _ in range((end - j) // LANES):
+            prefetch(x_ahead, j)
+            prefetch(dy_ahead, j)
             part = reduce(xp, dyp, mp, weight, j, mean, low, part)
             j += LANES
         if j < end:
             part = reduce_masked(xp, dyp, mp, weight, j, end - j, mean, low, part)
             j = end
-        if j == full:
-            sums = close_sums(sums, part)
-            part = open_sums(sums, mean)
-    return close_sums(sums, part)
-
-
-@inline
-def reduce_plane(xp, dyp, mp, weight, start, stop, mean, low, sums):
-    """Both sums over start..stop of a plane."""
-    return reduce_tail(xp, dyp, mp, weight, start, stop, mean, low, sums, open_sums(sums, mean))
+        sums = close_sums(sums, part)
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------------------ dx of a plane
@@ -116,7 +113,7 @@ def apply_plane(xp, dyp, dxp, drp, mp, wp, frozen, start, stop, coefficients, st
     if head > 0:
         apply_masked(xp, dyp, dxp, drp, mp, load_masked(wp, j, head), frozen, j, head, coefficients)
         j += head
-    while j + LANES <= stop:
+    for _ in range((stop - j) // LANES):
         apply(xp, dyp, dxp, drp, mp, load(wp, j), frozen, j, coefficients, streamed)
         j += LANES
     if j < stop:
@@ -136,25 +133,26 @@ def apply_and_reduce(
     j = head
     x_next, dy_next = prefetch_pointer(x_ahead, left, x_after), prefetch_pointer(dy_ahead, left, dy_after)
     turn = left - PREFETCH if left > PREFETCH else S
-    part = open_sums(sums, mean)
-    while j + LANES <= S:  # as in `normalise_and_gather`
-        if i >= turn:
-            x_next, dy_next, turn = moved(x_after, PREFETCH - left), moved(dy_after, PREFETCH - left), S
-        full = sum_end(i, mean)
-        end = min(full, turn)
-        while j + LANES <= S and i < end:
-            prefetch(x_next, i)
-            prefetch(dy_next, i)
-            part = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, part)
-            apply(xp, dyp, dxp, drp, mp, load(wp, j), None, j, coefficients, streamed)
+    while i < S:
+        part = open_sums(sums, mean)
+        full = min(sum_end(i, mean), S)
+        while j + LANES <= S and i < full:  # as in `normalise_and_gather`
+            if i >= turn:
+                x_next, dy_next, turn = moved(x_after, PREFETCH - left), moved(dy_after, PREFETCH - left), S
+            for _ in range(min(-(-(min(full, turn) - i) // LANES), (S - j) // LANES)):
+                prefetch(x_next, i)
+                prefetch(dy_next, i)
+                part = reduce(x_ahead, dy_ahead, m_ahead, weight, i, mean, low, part)
+                apply(xp, dyp, dxp, drp, mp, load(wp, j), None, j, coefficients, streamed)
+                i += LANES
+                j += LANES
+        while i < full:
+            part = reduce_masked(x_ahead, dy_ahead, m_ahead, weight, i, min(full - i, LANES), mean, low, part)
             i += LANES
-            j += LANES
-        if i == full:
-            sums = close_sums(sums, part)
-            part = open_sums(sums, mean)
+        sums = close_sums(sums, part)
     if j < S:
         apply_masked(xp, dyp, dxp, drp, mp, load_masked(wp, j, S - j), None, j, S - j, coefficients)
-    return reduce_tail(x_ahead, dy_ahead, m_ahead, weight, i, S, mean, low, sums, part)
+    return sums
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -163,43 +161,57 @@ def apply_and_reduce(
 @inline
 def clear_totals(scratch, row):
     zero = splat(0.0)
-    save_totals(scratch, row, (zero, zero, zero))
+    save_totals(scratch, row, (zero, zero, zero, zero))
 
 
 @inline
 def load_totals(scratch, row, lanes):
-    """The sums, and the largest g in the lanes that the gradient has."""
+    """The sums, and the largest g and x - mean in the lanes that these have."""
     s, p = load_sums(scratch, row)
-    return s, p, rounded(load(vectors(scratch, row), LARGEST), lanes)
+    at = vectors(scratch, row)
+    return s, p, rounded(load(at, LARGEST), lanes), rounded(load(at, FARTHEST), lanes)
 
 
 @inline
 def save_totals(scratch, row, totals):
     save_sums(scratch, row, (totals[0], totals[1]))
     store(vectors(scratch, row), LARGEST, totals[2])
+    store(vectors(scratch, row), FARTHEST, totals[3])
+
+
+@inline
+def plane_ahead(x, n, c, first, last, size):
+    """What to prefetch while `size` values of plane n are read, one of first..last of channel c: PREFETCH values on or so."""
+    if size > PREFETCH:
+        return moved(plane(x, n, c), PREFETCH)
+    m = n + PREFETCH // size + 1
+    if m < last:
+        return plane(x, m, c)
+    return plane(x, m - last + first, c + 1)
 
 
 @inline
 def reduce_channel(x, dy, weight, mask, table, c, n_first, n_last, start, stop, lanes):
-    """Both sums over start..stop of a channel's planes n_first..n_last, and the largest g there."""
+    """Both sums over start..stop of a channel's planes n_first..n_last, and the largest g and x - mean there."""
     mean, low = mean_vectors(table, c, lanes)
     zero = splat(0.0)
-    sums = (zero, zero, rounded(zero, lanes))
+    sums = (zero, zero, rounded(zero, lanes), rounded(zero, lanes))
     for n in range(n_first, n_last):
-        sums = reduce_plane(plane(x, n, c), plane(dy, n, c), plane(mask, n, c), weight, start, stop, mean, low, sums)
+        x_ahead, dy_ahead = plane_ahead(x, n, c, n_first, n_last, stop - start), plane_ahead(dy, n, c, n_first, n_last, stop - start)
+        sums = reduce_plane(plane(x, n, c), plane(dy, n, c), plane(mask, n, c), weight, start, stop, mean, low, x_ahead, dy_ahead, sums)
     return totals_of(sums)
 
 
 @inline
 def totals_of(sums):
-    """Sums and largest g of a channel, from those of its lanes."""
-    return sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2])
+    """Sums and largest values of a channel, from those of its lanes."""
+    return sum_lanes(sums[0]), sum_lanes(sums[1]), largest_lane(sums[2]), largest_lane(sums[3])
 
 
 @inline
 def set_sums(partial, block, c, totals):
     """The sums of a block of channel c."""
-    partial[block, 0, c], partial[block, 1, c], partial[block, 2, c] = totals
+    partial[block, 0, c], partial[block, 1, c], partial[block, 2, c], partial[block, 3, c] = totals
 
 
 # Numba drops the branches of an argument that is None, not those of a part of an argument: hence the two helpers.
@@ -271,7 +283,7 @@ def backward_planes(thread, first, last, gradients, channels, shape, options, nu
                             ahead, dy_ahead, m_ahead, left, x_after, dy_after, weight, mean, low, sums, S,
                         )  # fmt: skip
                     else:
-                        sums = reduce_plane(ahead, dy_ahead, m_ahead, weight, 0, S, mean, low, sums)
+                        sums = reduce_plane(ahead, dy_ahead, m_ahead, weight, 0, S, mean, low, None, None, sums)
                     save_totals(mine, row, sums)
                 elif to_write:
                     apply_plane(xp, dyp, dxp, drp, mp, wp, None, 0, S, coefficient_vectors(xp, table, grads, c, lanes32), streamed)

@@ -17,8 +17,8 @@ from fastbn.kernels.cpu.simd import (
     where_bits,
 )
 
-# Columns of a scratch row: three vectors of accumulators, the last for the backward alone.
-SUM, SQUARE, LARGEST = 0, LANES, 2 * LANES
+# Columns of a scratch row: four vectors of accumulators, the last two for the backward alone.
+SUM, SQUARE, LARGEST, FARTHEST = range(0, 4 * LANES, LANES)
 
 
 @inline

@@ -55,6 +55,7 @@ from fastbn.kernels.cpu.simd.arithmetic import (
     float64_sum,
     lanes64_unless,
     largest,
+    largest_if_float32,
     largest_lane,
     needs_two_words,
     rounded,
