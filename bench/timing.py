@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 TURN = 0.002  # seconds one turn lasts at least: shorter calls are repeated within it
 SLOW = 0.030  # a call longer than this gets no call to warm up, and takes part in every third round only
-PAUSE = 0.006  # OpenMP's workers keep spinning for some milliseconds after a call and would disturb the next contender
+# OpenMP's workers spin on after a call, PyTorch's for 7.5 ms here (/proc/self/task/*/schedstat), and would disturb the next contender.
+PAUSE = 0.010
 
 
 def interleave(runs: dict[str, Callable[[], object]], rounds: int, seed: int = 0) -> dict[str, list[float | None]]:

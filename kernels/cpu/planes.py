@@ -10,7 +10,8 @@ Versions:
    on 2 threads of an AVX-512 machine: from 3.1 times a streaming copy's time to 1.3;
 5. output in float32 lanes where they are good enough (`float32_anchor` in formulas.py): inference from 1.12 to 1.04; half types, which
    move half the bytes, from 1.1 times float32's speed to 1.6 and more;
-6. a residual is prefetched as what is read once, so that x stays in the caches: 32x512x28x28 with one in 0.93 of the time.
+6. a residual is prefetched as what is read once, so that x stays in the caches: 32x512x28x28 with one in 0.93 of the time;
+7. sample and channel of a task counted, not divided: inference of 128x16x12x12 in 0.86 of the time.
 
 A tensor is a tuple (pointer, stride of n, stride of c), in elements. A `table` row holds one float64 per channel. Optional
 arguments are None or present, and Numba compiles one variant for each choice: no branch is left in the loops.
@@ -194,6 +195,30 @@ def normalise_and_gather(xp, yp, rp, r_after, mp, relu, lanes64, channel, stream
     return sums
 
 
+# ------------------------------------------------------------------------------------------------- segments in memory order
+
+
+@inline
+def segment_of(task, C, S, segment):
+    """Sample, channel and first value of a task: segments are counted in memory order."""
+    segments = (S + segment - 1) // segment
+    index = task // segments
+    return index // C, index % C, (task - index * segments) * segment
+
+
+@inline
+def next_segment(n, c, start, C, S, segment):
+    """The same of the next task, without divisions: with four of them inference of 32x64x14x14 took 1.12 times as long (one thread)."""
+    start += segment
+    if start >= S:
+        start = 0
+        c += 1
+        if c == C:
+            c = 0
+            n += 1
+    return n, c, start
+
+
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -276,15 +301,13 @@ def normalise_planes(thread, first, last, data, channels, shape, options, number
     x, y, residual, _, _, mask = data
     relu, lanes64, leftovers = options
     C, S, segment, streamed = shape.C, shape.S, shape.segment, numbers.streamed
-    segments = (S + segment - 1) // segment
-    for task in range(first, last):
-        start = (task % segments) * segment
+    n, c, start = segment_of(first, C, S, segment)
+    for _ in range(first, last):
         stop = min(start + segment, S)
-        c = task // segments % C
-        n = task // segments // C
         if is_written(table, c, lanes64, leftovers):
             xp, yp, rp, mp = plane(x, n, c), plane(y, n, c), plane(residual, n, c), plane(mask, n, c)
             normalise_plane(xp, yp, rp, mp, relu, lanes64, start, stop, channel_vectors(table, c, lanes64), streamed)
+        n, c, start = next_segment(n, c, start, C, S, segment)
     if streamed:
         fence()
     return 0

@@ -26,7 +26,7 @@ Versions, in passes over memory (the floor is three):
 from fastbn.kernels.cpu.channels import COEF_A, COEF_B, COEF_C, LOW, MEAN, finish_channels_backward, suits_float32
 from fastbn.kernels.cpu.gradients import add_products, apply, apply_masked, close_sums, gradient, gradient_masked, open_sums
 from fastbn.kernels.cpu.helpers import inline
-from fastbn.kernels.cpu.planes import PREFETCH, head_of, prefetch_pointer
+from fastbn.kernels.cpu.planes import PREFETCH, head_of, next_segment, prefetch_pointer, segment_of
 from fastbn.kernels.cpu.simd import (
     LANES,
     constant_term,
@@ -314,16 +314,14 @@ def apply_planes(thread, first, last, gradients, channels, shape, options, numbe
     x, dy, dx, dresidual, weight, mask = gradients
     frozen, lanes32 = options
     C, S, segment, streamed = shape.C, shape.S, shape.segment, numbers.streamed
-    segments = (S + segment - 1) // segment
-    for task in range(first, last):
-        start = (task % segments) * segment
+    n, c, start = segment_of(first, C, S, segment)
+    for _ in range(first, last):
         stop = min(start + segment, S)
-        c = task // segments % C
-        n = task // segments // C
         drp, mp, wp = plane(dresidual, n, c), plane(mask, n, c), plane(weight, n, 0)
         xp = plane(x, n, c)
         coefficients = coefficient_vectors(xp, table, grads, c, lanes32)
         apply_plane(xp, plane(dy, n, c), plane(dx, n, c), drp, mp, wp, frozen, start, stop, coefficients, streamed)
+        n, c, start = next_segment(n, c, start, C, S, segment)
     if streamed:
         fence()
     return 0
