@@ -65,9 +65,9 @@ def test_addresses(name, dtype, threads):
 @pytest.mark.parametrize(
     ("shape", "strips", "sweeps"),
     [
-        ((67, 24), {}, {"CACHE": 0}),  # four rows folded to one, three are left
-        ((40, 300), {}, {"CACHE": 0}),
-        ((1300, 528), {"STRIP": 1300 * 16 * 64, "CACHE": 0, "PARALLEL_FROM": 1}, {"STRIP": 0}),  # strips of 64 and 128 channels, blocks
+        ((67, 24), {}, {"PARALLEL_FROM": 1}),  # four rows folded to one, three are left
+        ((40, 300), {}, {"PARALLEL_FROM": 1, "STRIP": 0}),
+        ((1300, 528), {"STRIP": 1300 * 16 * 64, "PARALLEL_FROM": 1}, {"STRIP": 0}),  # strips of 64 and 128 channels, blocks
     ],
     ids=str,
 )

@@ -181,8 +181,8 @@ def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) ->
         rows = max(-(-p.rows // wanted), -(-512 // (p.folded * p.S)))
         blocks = max(1, -(-p.rows // rows))
         strip = min(STRIP // channel, p.C // 4, group) // LANES * LANES
-        small = p.C * channel <= CACHE  # one call of one kernel is the shortest way
-        medium = p.N * p.C >= PARALLEL_FROM and p.N * p.C * itemsize < STREAM_FROM
+        small = p.count * p.C < PARALLEL_FROM  # else threads would have no share: the forward of 1024x64 takes 0.65 of the time on two
+        medium = not small and p.N * p.C * itemsize < STREAM_FROM
         few_rows = medium and p.folded == 1 and strip >= NARROWEST
         if training and few_rows:
             group = strip
