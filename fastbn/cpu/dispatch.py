@@ -161,29 +161,28 @@ def _whole(n: int, unit: int) -> int:
 
 def _cut(p: Layout, itemsize: int, tensors: int, widest: int, training: bool) -> tuple[str, int, int, int, dict[str, int]]:
     """Traversal, channels a group, blocks a channel, rows or planes a block, and the numbers of tasks."""
-    channel = p.count * itemsize * tensors
+    channel, values = p.count * itemsize * tensors, p.count * p.C
+    cached = values * itemsize < STREAM_FROM
     if p.family == "planes":
         segments = -(-p.S // BLOCK)
         planes = max(1, BLOCK // p.S)
         blocks = -(-p.N // planes) * segments
-        small = p.N * p.C * p.S * itemsize < STREAM_FROM
         least = FEW_CHANNELS // 2 if channel <= CACHE else FEW_CHANNELS
         few = segments > 1 or least > p.C or channel > LARGEST_CHANNEL
         groups = -(-p.C // max(1, min(CACHE // channel, 64)))
         group = -(-p.C // _whole(groups, EVEN))
         tasks = {"channels": p.C, "blocks of channels": p.C * blocks, "segments": p.N * p.C * segments}
-        return "sweeps" if few else "cached" if small and tensors > 1 else "channels", group, blocks, planes, tasks
+        return "sweeps" if few else "cached" if cached and tensors > 1 else "channels", group, blocks, planes, tasks
     if p.S == 1 or p.folded > 1:
         group = p.C if p.folded > 1 else min(p.C, 1024)
         # Blocks of about 65,536 values in an even number, so that two threads have as many each: the forward of 16x28x28x16, channels last,
         # takes 35 us with six blocks and 45 with one.
-        wanted = min(32, _whole(max(1, p.N * p.C * p.S >> 16), 2))
+        wanted = min(32, _whole(max(1, values >> 16), 2))
         rows = max(-(-p.rows // wanted), -(-512 // (p.folded * p.S)))
         blocks = max(1, -(-p.rows // rows))
         strip = min(STRIP // channel, p.C // 4, group) // LANES * LANES
-        small = p.count * p.C < PARALLEL_FROM  # else threads would have no share: the forward of 1024x64 takes 0.65 of the time on two
-        medium = not small and p.N * p.C * itemsize < STREAM_FROM
-        few_rows = medium and p.folded == 1 and strip >= NARROWEST
+        small = values < PARALLEL_FROM  # else threads would have no share: the forward of 1024x64 takes 0.65 of the time on two
+        few_rows = not small and cached and p.folded == 1 and strip >= NARROWEST
         if training and few_rows:
             group = strip
         strips = -(-p.C // group)

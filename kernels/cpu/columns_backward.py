@@ -26,6 +26,7 @@ from fastbn.kernels.cpu.simd import (
     read,
     rounded,
     row,
+    splat,
     store,
     vectors,
 )
@@ -64,10 +65,11 @@ def reduce_tile(x, dy, weight, mask, lanes32, first, last, column, width, scratc
     lanes = lanes64_unless(lanes32)
     means, lows = vectors(scratch, MEAN_ROW), vectors(scratch, LOW_ROW)
     sums, products = vectors(scratch, DY_ROW), vectors(scratch, DY_XMU_ROW)
-    most, farthest = constant_row(scratch, LARGEST_ROW, lanes), constant_row(scratch, FARTHEST_ROW, lanes)
+    most = constant_row(scratch, LARGEST_ROW, lanes)
+    nothing = rounded(splat(0.0), lanes)  # the largest x - mean, which only float32 data's dx depends on: here lanes are float32 for halves
     for j in range(0, width, LANES):
         mean, low = rounded(load(means, j), lanes), rounded(load(lows, j), lanes)
-        total = (load(sums, j), load(products, j), read(most, j, lanes), read(farthest, j, lanes))
+        total = (load(sums, j), load(products, j), read(most, j, lanes), nothing)
         acc = open_sums(total, mean)
         if j + LANES <= width:
             for r in range(first, last):
@@ -88,7 +90,6 @@ def reduce_tile(x, dy, weight, mask, lanes32, first, last, column, width, scratc
         store(products, j, total[1])
         if lanes32 is not None:
             store(most, j, total[2])
-            store(farthest, j, total[3])
 
 
 @inline
@@ -116,12 +117,11 @@ def reduce_block(x, dy, weight, mask, lanes32, first, last, tail_columns, strip,
     sum_over_columns(vectors(scratch, DY_XMU_ROW), channels, S, width)
     if lanes32 is not None:
         largest_over_columns(most, channels, S, width)
-        largest_over_columns(farthest, channels, S, width)
     copy(vectors(partial[block], 0), c0, vectors(scratch, DY_ROW), channels)
     copy(vectors(partial[block], 1), c0, vectors(scratch, DY_XMU_ROW), channels)
     if lanes32 is not None:
         copy(vectors(partial[block], 2), c0, most, channels)
-        copy(vectors(partial[block], 3), c0, farthest, channels)
+        copy(vectors(partial[block], 3), c0, farthest, channels)  # zeros
 
 
 def reduce_columns(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):

@@ -218,15 +218,15 @@ def set_sums(partial, block, c, totals):
 
 
 @inline
-def reduce_again(gradients, channels, table, grads, c, N, S, count, partial, scratch, row, lanes32):
-    """The sums and coefficients of a channel that float32 sums do not suit, in float64."""
-    if lanes32 is not None:
-        left_out = not suits_float32(table, grads, partial, c, 1, count)
-        scratch[row, LEFT_OUT] = left_out
-        if left_out:
+def reduce_again(gradients, channels, table, grads, c, N, S, count, partial, lanes32):
+    """The sums and coefficients of a channel that float32 sums do not suit, in float64; whether it is one."""
+    if lanes32 is not None:  # noqa: SIM102
+        if not suits_float32(table, grads, partial, c, 1, count):
             x, dy, _, _, weight, mask = gradients
             set_sums(partial, 0, c, reduce_channel(x, dy, weight, mask, table, c, 0, N, 0, S, True))
             finish_channels_backward(table, grads, channels, partial, c, c + 1, 1, count, False, None)
+            return True
+    return False
 
 
 @inline
@@ -258,7 +258,7 @@ def backward_planes(thread, first, last, gradients, channels, shape, options, nu
                 set_sums(partial, 0, c, totals_of(load_totals(mine, c - start, lanes)))
             finish_channels_backward(table, grads, channels, partial, start, stop, 1, count, False, lanes32)
             for c in range(start, stop):
-                reduce_again(gradients, channels, table, grads, c, N, S, count, partial, mine, c - start, lanes32)
+                mine[c - start, LEFT_OUT] = reduce_again(gradients, channels, table, grads, c, N, S, count, partial, lanes32)
         for row in range(stop - start):
             clear_totals(mine, row)
         # dx of this group, sums of the next

@@ -6,9 +6,9 @@ which a cached tensor has short ones, is done once a channel here: 128x16x12x12 
 A forward written so was slower: 28x28 in 1.25 of the fused sweep's time, and as fast with sums in float32.
 """
 
-from fastbn.kernels.cpu.channels import finish_channels_backward, suits_float32
+from fastbn.kernels.cpu.channels import finish_channels_backward
 from fastbn.kernels.cpu.helpers import inline
-from fastbn.kernels.cpu.planes_backward import apply_plane, coefficient_vectors, reduce_channel, set_sums
+from fastbn.kernels.cpu.planes_backward import apply_plane, coefficient_vectors, reduce_again, reduce_channel, set_sums
 from fastbn.kernels.cpu.simd import lanes64_unless, plane
 
 
@@ -22,24 +22,11 @@ def apply_channel(gradients, table, grads, c, shape, lanes32):
         apply_plane(xp, dyp, dxp, drp, plane(mask, n, c), plane(weight, n, 0), None, 0, shape.S, coefficients, False)
 
 
-# Numba drops the branches of an argument that is None, not those of a part of an argument: hence the helper.
-
-
-@inline
-def channel_again(gradients, channels, table, grads, c, shape, count, partial, lanes32):
-    """Sums and dx of a channel in float64 lanes, where float32 does not suit it; whether that was so."""
-    if lanes32 is not None:  # noqa: SIM102
-        if not suits_float32(table, grads, partial, c, 1, count):
-            x, dy, _, _, weight, mask = gradients
-            set_sums(partial, 0, c, reduce_channel(x, dy, weight, mask, table, c, 0, shape.N, 0, shape.S, True))
-            finish_channels_backward(table, grads, channels, partial, c, c + 1, 1, count, False, None)
-            apply_channel(gradients, table, grads, c, shape, None)
-            return True
-    return False
-
-
 def backward_cached(thread, first, last, gradients, channels, shape, options, numbers, table, grads, partial, scratch):
-    """Training backward of the channels first..last: dx, dresidual, and the rows of grads."""
+    """Training backward of the channels first..last: dx, dresidual, and the rows of grads.
+
+    A channel that float32 does not suit is reduced again, and written, in float64 lanes.
+    """
     x, dy, _, _, weight, mask = gradients
     lanes32, count, group = options.lanes32, numbers.count, shape.group
     for start in range(first, last, group):
@@ -48,6 +35,8 @@ def backward_cached(thread, first, last, gradients, channels, shape, options, nu
             set_sums(partial, 0, c, reduce_channel(x, dy, weight, mask, table, c, 0, shape.N, 0, shape.S, lanes64_unless(lanes32)))
         left_out = finish_channels_backward(table, grads, channels, partial, start, stop, 1, count, False, lanes32)
         for c in range(start, stop):
-            if left_out == 0 or not channel_again(gradients, channels, table, grads, c, shape, count, partial, lanes32):
+            if left_out > 0 and reduce_again(gradients, channels, table, grads, c, shape.N, shape.S, count, partial, lanes32):
+                apply_channel(gradients, table, grads, c, shape, None)
+            else:
                 apply_channel(gradients, table, grads, c, shape, lanes32)
     return 0
