@@ -32,8 +32,9 @@ STREAM_FROM = 8 << 20
 # Narrower matrices are folded until they have this many columns, so that a tile is long enough to stream.
 NARROW = 256
 # A folded row may not be wider than this: its constants would leave the L1 cache, which takes 1.2 to 1.5 times as long where x is in the
-# cache (C = 129, 257 and 500, one thread). Streamed rows may be eight times as wide: memory hides what comes from the L2 cache, and rows of
-# whole vectors keep the alignment that streaming needs (inference of 20000x258 would take 1.5 times as long).
+# cache (C = 129, 257 and 500; `python bench/paired.py --op inference --layout nc --shapes 2673x257 --threads 1`). Streamed rows may be
+# eight times as wide: memory hides what comes from the L2 cache, and rows of whole vectors keep the alignment that streaming needs
+# (inference of 20000x258 would take 1.5 times as long).
 WIDEST_FOLDED = 1280
 
 
